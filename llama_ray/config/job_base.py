@@ -1,0 +1,19 @@
+"""What every job kind has."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llama_ray.config.base import StrictModel
+from llama_ray.config.storage import StorageConfig
+
+
+class JobConfig(StrictModel):
+    kind: str
+    """What the job does: `prepare` or `pretrain`."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names what the job writes: `tokens/<name>` or `runs/<name>` under `storage.url`."""
+    seed: int = Field(0, ge=0)
+    """Fixes initial weights, document order and token order."""
+    storage: StorageConfig = StorageConfig()
+    """Where the job reads and writes."""

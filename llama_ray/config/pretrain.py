@@ -1,0 +1,133 @@
+"""`kind: pretrain`: token shards → trained, checkpointed model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llama_ray.config.base import StrictModel
+from llama_ray.config.job_base import JobConfig
+from llama_ray.config.model import ModelConfig
+
+
+class DataConfig(StrictModel):
+    tokens: str
+    """Name of a `prepare` job: its shards are at `tokens/<name>` under `storage.url`."""
+    seq_len: int = Field(2048, gt=1)
+    """Tokens in a training sequence."""
+    weights: dict[str, float] | None = None
+    """Share of training tokens per source (they are normalised); sources left out are not read.
+    Default: in proportion to each source's tokens."""
+    window_steps: int = Field(16, gt=0)
+    """Steps that one Ray Data read task fetches."""
+    prefetch_windows: int = Field(2, gt=0)
+    """Windows held ready ahead of the training loop."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW, cosine to `final_lr_fraction`, as in section 2.3 of the paper."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate: 3e-4 for 7B and 13B, 1.5e-4 for 33B and 65B (Table 2)."""
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps of linear warm-up."""
+    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+    """The last step's learning rate over the peak."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Applied to matrices; not to norm weights."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+
+
+class TrainConfig(StrictModel):
+    steps: int = Field(gt=0)
+    """Optimizer steps in all."""
+    batch_size: int = Field(gt=0)
+    """Sequences in an optimizer step, over all ranks (the paper: 4 M tokens)."""
+    micro_batch_size: int = Field(gt=0)
+    """Sequences in one forward and backward pass on one data-parallel rank."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Matrix products compute in this type; weights and optimizer state stay float32."""
+    log_every: int = Field(10, gt=0)
+    """Steps between metrics."""
+    validate_every: int = Field(500, gt=0)
+    """Steps between validations; the last step always validates."""
+    validation_sequences: int = Field(256, gt=0)
+    """Held-out sequences per validation, the same ones each time."""
+
+
+class ParallelConfig(StrictModel):
+    """Ranks = tensor × data. A tensor-parallel group shares each layer, so it wants the fastest
+    links: neighbouring ranks, one node."""
+
+    tensor: int = Field(1, gt=0)
+    """Ranks that share one copy of the model; must divide heads, FFN and vocabulary."""
+    data: int = Field(1, gt=0)
+    """Ranks that each take a share of the batch and of the weights and optimizer state."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves per rank (the data reader's tasks need some of their own)."""
+    threads_per_worker: int | None = Field(None, gt=0)
+    """Compute threads per rank on a CPU. Default: `cpus_per_worker`, rounded up."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data
+
+
+class CheckpointConfig(StrictModel):
+    every: int = Field(1000, gt=0)
+    """Steps between checkpoints; the last step is always checkpointed."""
+    keep: int = Field(3, gt=0)
+    """Newest committed checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest committed checkpoint of the run of this name, if any.
+    `never`: refuse to start where there is one."""
+
+
+class PretrainConfig(JobConfig):
+    kind: Literal["pretrain"] = "pretrain"
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        choices = self.model.tensor_parallel_choices()
+        if self.parallel.tensor not in choices:
+            raise ValueError(
+                f"parallel.tensor: {self.parallel.tensor} does not divide the model's heads, KV "
+                f"heads, FFN and vocabulary; choose from {', '.join(map(str, choices))}"
+            )
+        per_pass = self.train.micro_batch_size * self.parallel.data
+        if self.train.batch_size % per_pass:
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} is no multiple of "
+                f"train.micro_batch_size × parallel.data = {per_pass}"
+            )
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len: {self.data.seq_len} exceeds model.max_seq_len "
+                f"{self.model.max_seq_len}"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} leaves no step of "
+                f"train.steps {self.train.steps} to learn in"
+            )
+        return self
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward and backward passes in one optimizer step."""
+        return self.train.batch_size // (self.train.micro_batch_size * self.parallel.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.data.seq_len

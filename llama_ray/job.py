@@ -1,0 +1,77 @@
+"""Run a job file: `ray job submit jobs/pretrain.yaml`, `./jobs/pretrain.yaml` or
+`python -m llama_ray.job jobs/pretrain.yaml train.steps=100 --dry-run`.
+
+Load → validate → dispatch. Exit status 0: done; 1: the job failed; 2: the job file is wrong.
+The reason is the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from llama_ray.config import JobConfig, PrepareConfig, PretrainConfig, load_job
+from llama_ray.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="llama_ray.job", description=__doc__)
+    parser.add_argument("file", help="the job file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate, print what would run, touch nothing"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    # The driver's output is read through a pipe: by line, or progress would arrive in blocks.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        config = load_job(options.file, options.overrides)
+        describe(config)
+    except UserError as error:
+        return _fail(error, status=2)
+    if options.dry_run:
+        return 0
+    try:
+        dispatch(config)
+    except UserError as error:
+        return _fail(error, status=1)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(error, status=1)
+    return 0
+
+
+def describe(config: JobConfig) -> None:
+    """Print the quantities that follow from the job file."""
+    if isinstance(config, PretrainConfig):
+        from llama_ray.train.describe import describe_pretrain
+
+        describe_pretrain(config)
+    elif isinstance(config, PrepareConfig):
+        from llama_ray.data.prepare import describe_prepare
+
+        describe_prepare(config)
+
+
+def dispatch(config: JobConfig) -> None:
+    """Run the job. Imports are here so that a typo in a job file is told in under a second."""
+    if isinstance(config, PretrainConfig):
+        from llama_ray.train.run import pretrain
+
+        pretrain(config)
+    elif isinstance(config, PrepareConfig):
+        from llama_ray.data.prepare import prepare
+
+        prepare(config)
+
+
+def _fail(error: Exception, status: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {error}" if str(error) else f"error: {error!r}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
