@@ -42,7 +42,7 @@ class Storage:
         """fsspec's arguments for this storage, for libraries that open it themselves."""
         if self.scheme != "s3":
             return {}
-        options: dict[str, Any] = {"config_kwargs": {"retries": {"max_attempts": 5}}}
+        options: dict[str, Any] = {"config_kwargs": {"retries": {"max_attempts": 2}}}
         if self.config.endpoint_url:
             options["endpoint_url"] = self.config.endpoint_url
             # Servers other than AWS seldom have a DNS name per bucket, and some know nothing
@@ -151,12 +151,12 @@ def explained(config: StorageConfig) -> Iterator[None]:
             raise UserError(f"storage.url: {config.url}: there is no such bucket") from error
         raise
     except Exception as error:
-        if (reason := _reason(error, config)) is None:
+        if (reason := storage_problem(error, config.url)) is None:
             raise
         raise UserError(f"storage.url: {config.url}: {reason}") from error
 
 
-def _reason(error: Exception, config: StorageConfig) -> str | None:
+def storage_problem(error: Exception, url: str) -> str | None:
     """What is wrong and what to do, or None where this is no storage failure."""
     name, text = type(error).__name__, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -164,7 +164,7 @@ def _reason(error: Exception, config: StorageConfig) -> str | None:
     if name in ("NoCredentialsError", "PartialCredentialsError"):
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(error, PermissionError) or name == "ClientError":
-        where = "; check AWS_ACCESS_KEY_ID and its rights" if config.url.startswith("s3") else ""
+        where = "; check AWS_ACCESS_KEY_ID and its rights" if url.startswith("s3") else ""
         return f"access refused ({text}){where}"
     if name in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
         return f"cannot be reached ({text}); check storage.endpoint_url"

@@ -29,6 +29,7 @@ class ModelConfig(StrictModel):
     dim: int = Field(gt=0)
     """Width of the residual stream."""
     n_layers: int = Field(gt=0)
+    """Blocks of attention and SwiGLU."""
     n_heads: int = Field(gt=0)
     """Query heads; each is `dim / n_heads` wide."""
     n_kv_heads: int = Field(gt=0)
@@ -40,6 +41,7 @@ class ModelConfig(StrictModel):
     max_seq_len: int = Field(2048, gt=0)
     """Longest sequence, in tokens: rotary angles are computed up to here."""
     norm_eps: float = Field(1e-6, gt=0)
+    """Added to the mean square in RMSNorm."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     tie_embeddings: bool = False

@@ -35,8 +35,11 @@ class OptimizerConfig(StrictModel):
     final_lr_fraction: float = Field(0.1, ge=0, le=1)
     """The last step's learning rate over the peak."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradients' running mean."""
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the squared gradients' running mean."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the squared gradients' mean."""
     weight_decay: float = Field(0.1, ge=0)
     """Applied to matrices; not to norm weights."""
     clip_norm: float = Field(1.0, gt=0)
@@ -69,7 +72,7 @@ class ParallelConfig(StrictModel):
     data: int = Field(1, gt=0)
     """Ranks that each take a share of the batch and of the weights and optimizer state."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """CPUs that Ray reserves per rank (the data reader's tasks need some of their own)."""
+    """CPUs that Ray reserves per rank. (Reading tokens reserves none.)"""
     threads_per_worker: int | None = Field(None, gt=0)
     """Compute threads per rank on a CPU. Default: `cpus_per_worker`, rounded up."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llama_ray.config.base import StrictModel
 from llama_ray.config.storage import StorageConfig
@@ -24,13 +24,23 @@ class EngineConfig(StrictModel):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and KV cache."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> EngineConfig:
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens {self.max_batch_tokens} is less than max_batch_size "
+                f"{self.max_batch_size}: each running sequence needs one token a step"
+            )
+        return self
+
 
 class ServeConfig(StrictModel):
     model_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """What clients put in the request's `model`."""
     checkpoint: str
     """What to serve: `runs/<name>` under `storage.url` (its newest committed checkpoint), one of
-    its checkpoints (`runs/<name>/checkpoints/step-00000500`), or the path or URL of a llama2.c `.bin`."""
+    its checkpoints (`runs/<name>/checkpoints/step-00000500`), or the path or URL of a llama2.c
+    `.bin`."""
     tokenizer: str | None = None
     """Path or URL of a SentencePiece model, for checkpoints that hold none (`.bin`)."""
     storage: StorageConfig = StorageConfig()

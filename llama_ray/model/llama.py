@@ -43,9 +43,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.type_as(x) * weight
 
 
 def rope_table(max_seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -142,14 +146,24 @@ class LLaMA(nn.Module):
 
         positions [B,S] default to 0…S-1.
         """
+        x = self.hidden(tokens, positions, attend)
+        if targets is None:
+            return self.output(x)
+        return self.token_loss(x, self.output.weight, targets)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        attend: AttentionCore = causal_attention,
+    ) -> Tensor:
+        """tokens [B,S] → [B,S,D], to be multiplied by the output projection. The engine stops
+        here: of a whole prompt it needs the last token's logits alone."""
         rope = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
         x = self.tok_embeddings(tokens)
         for block in self.layers:
             x = block(x, rope, attend)
-        x = self.norm(x)
-        if targets is None:
-            return self.output(x)
-        return self.token_loss(x, self.output, targets)
+        return self.norm(x)
 
     def materialize(self, device: torch.device | str) -> LLaMA:
         """Allocate memory for weights built on `meta` (uninitialised: load or initialise next)."""

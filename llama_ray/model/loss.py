@@ -12,25 +12,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 CHUNK_TOKENS = 1024
 
 
-def linear_cross_entropy(hidden: Tensor, output: nn.Module, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden · Wᵀ)[target], in nats.
 
-    hidden [B,S,D]; `output.weight` [V,D]; targets [B,S] → float32 scalar.
+    hidden [B,S,D]; weight [V,D]; targets [B,S] → float32 scalar. With a process group, `weight`
+    is this rank's equal share of the vocabulary, in rank order; the loss is that of the whole,
+    and the gradient for `hidden` is this rank's part of a sum over the group.
     """
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), output.weight, targets.flatten(), None, torch.is_grad_enabled()
+        hidden.flatten(0, -2), weight, targets.flatten(), group, torch.is_grad_enabled()
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With a process group, `weight` holds this rank's equal share of the vocabulary, in rank
-    order, and the gradient for `hidden` is this rank's part of the sum."""
-
     @staticmethod
     def forward(
         ctx: Any,

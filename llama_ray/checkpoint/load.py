@@ -1,0 +1,84 @@
+"""From the name of a checkpoint to a model ready to generate, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import torch
+
+from llama_ray.checkpoint.llama2c import load_llama2c
+from llama_ray.checkpoint.sharded import load_weights
+from llama_ray.checkpoint.store import read_info, resolve
+from llama_ray.data.tokenizer import Tokenizer
+from llama_ray.errors import UserError
+from llama_ray.model.llama import LLaMA
+from llama_ray.storage import Storage
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and the tokenizer it was trained with."""
+
+    model: LLaMA
+    tokenizer: Tokenizer
+    description: str
+    """Where it came from, for a person."""
+
+
+def load_model(
+    checkpoint: str,
+    storage: Storage,
+    tokenizer: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Load `runs/<name>` (newest committed checkpoint), a checkpoint's folder under `storage.url`,
+    or a llama2.c `.bin` (path or URL), which needs `tokenizer` (path or URL) beside it.
+
+    Raises `UserError` naming `checkpoint` or `tokenizer`.
+    """
+    if checkpoint.endswith(".bin"):
+        return _load_llama2c(checkpoint, tokenizer, dtype, device)
+    folder = resolve(storage, checkpoint)
+    info = read_info(storage, folder)
+    pieces = Tokenizer(_read(tokenizer, "tokenizer") if tokenizer else storage.read(f"{folder}/tokenizer.model"))
+    if pieces.sha256 != info.tokenizer_sha256:
+        raise UserError(
+            f"tokenizer: {tokenizer or storage.url(folder) + '/tokenizer.model'} (sha256 "
+            f"{pieces.sha256[:12]}…) is not the one {storage.url(folder)} was trained with "
+            f"({info.tokenizer_sha256[:12]}…)"
+        )
+    with torch.device("meta"):
+        model = LLaMA(info.model)
+    model.to(dtype).materialize(device)
+    load_weights(storage, folder, model)
+    return LoadedModel(model.eval(), pieces, f"{storage.url(folder)} (step {info.step:,})")
+
+
+def _load_llama2c(
+    path: str, tokenizer: str | None, dtype: torch.dtype, device: torch.device | str
+) -> LoadedModel:
+    if tokenizer is None:
+        raise UserError(f"tokenizer: {path} holds none; name its SentencePiece model")
+    config, weights = load_llama2c(_read(path, "checkpoint"), path)
+    pieces = Tokenizer(_read(tokenizer, "tokenizer"))
+    if pieces.vocab_size != config.vocab_size:
+        raise UserError(
+            f"tokenizer: {tokenizer} has {pieces.vocab_size:,} pieces, {path} has "
+            f"{config.vocab_size:,}"
+        )
+    with torch.device("meta"):
+        model = LLaMA(config)
+    model.to(dtype).materialize(device)
+    model.load_state_dict(weights)
+    return LoadedModel(model.eval(), pieces, path)
+
+
+def _read(url: str, key: str) -> bytes:
+    try:
+        with fsspec.open(str(Path(url).expanduser()) if "://" not in url else url, "rb") as file:
+            return bytes(file.read())
+    except OSError as error:
+        raise UserError(f"{key}: {url}: {error.strerror or error}") from None

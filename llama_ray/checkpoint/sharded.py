@@ -1,0 +1,103 @@
+"""Training state to and from storage: each rank writes and reads its own shards.
+
+Training stops only while weights and optimizer state are copied aside; a background thread
+uploads them and then commits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+from llama_ray.checkpoint.store import CheckpointInfo, CheckpointStore
+from llama_ray.storage import Storage, explained
+
+State = dict[str, Any]
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Weights and AdamW moments by parameter name: the tensors themselves, to save or load into.
+
+    Moments that do not exist yet (no step was taken) are made, as zeros.
+    """
+    state: State = {"model": {}, "exp_avg": {}, "exp_avg_sq": {}, "updates": {}}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["model"][name] = parameter.data
+        state["exp_avg"][name] = moments["exp_avg"]
+        state["exp_avg_sq"][name] = moments["exp_avg_sq"]
+        state["updates"][name] = moments["step"]
+    return state
+
+
+class Checkpointer:
+    """Saves in the background, one checkpoint at a time. Every rank has one."""
+
+    def __init__(self, store: CheckpointStore, tokenizer: bytes, keep: int) -> None:
+        self.store = store
+        self.tokenizer = tokenizer
+        self.keep = keep
+        # Uploads talk to each other while training does: on a group of their own.
+        self.group = dist.new_group(backend="gloo")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def save(self, state: State, info: CheckpointInfo) -> None:
+        """Copy `state` aside and return; upload and commit go on. Waits for the save before."""
+        self.wait()
+        if dist.get_rank() == 0:
+            self.store.begin(info.step)
+        dist.barrier(self.group)
+        url = self.store.storage.url(self.store.path(info.step))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own use of deprecated torch functions
+            upload = dcp.async_save(
+                state,
+                storage_writer=FsspecWriter(url, **self.store.storage.options),
+                process_group=self.group,
+            )
+        assert isinstance(upload, Future)
+        self.pending = self.thread.submit(self._finish, upload, info)
+
+    def wait(self) -> None:
+        """Until the save under way is committed. Raises what it raised."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+    def _finish(self, upload: Future[Any], info: CheckpointInfo) -> None:
+        with explained(self.store.storage.config):
+            upload.result()
+        if dist.get_rank() == 0:
+            self.store.commit(info, self.tokenizer)
+            self.store.prune(self.keep)
+
+
+def load_sharded(storage: Storage, folder: str, state: State) -> None:
+    """Fill the tensors of `state`, whatever layout the checkpoint was written in. With no process
+    group, in this process alone."""
+    reader = FsspecReader(storage.url(folder), **storage.options)
+    with explained(storage.config), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def load_weights(storage: Storage, folder: str, model: nn.Module) -> None:
+    """Fill the weights alone, for inference; they are converted to the model's dtype."""
+    weights: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+    load_sharded(storage, folder, {"model": weights})

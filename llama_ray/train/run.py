@@ -1,0 +1,150 @@
+"""The driver of a pretraining job: check, start Ray Train, watch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from llama_ray.checkpoint.store import CheckpointStore
+from llama_ray.config.pretrain import PretrainConfig
+from llama_ray.data.shards import TokenManifest
+from llama_ray.errors import UserError, user_error_cause
+from llama_ray.storage import Storage
+from llama_ray.train.loop import train_worker
+from llama_ray.train.monitor import Monitor
+
+# Keys that may differ between a run and its continuation: they change neither the model nor the
+# order of its tokens.
+FREE_KEYS = {
+    "storage",
+    "parallel",
+    "checkpoint",
+    "data.window_steps",
+    "data.prefetch_windows",
+    "train.micro_batch_size",
+    "train.log_every",
+    "train.validate_every",
+    "train.validation_sequences",
+}
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train to the last step, resuming where a committed checkpoint is. Raises `UserError`."""
+    storage = Storage(config.storage)
+    storage.check_writable()
+    manifest = TokenManifest.load(storage, config.data.tokens)
+    check_against_tokens(config, manifest)
+    committed = CheckpointStore(storage, config.name).committed_steps()
+    check_against_earlier_run(config, storage, bool(committed))
+    if committed and committed[-1] >= config.train.steps:
+        folder = CheckpointStore(storage, config.name).path(committed[-1])
+        print(f"nothing to do: {config.name} is trained, its checkpoint is {storage.url(folder)}")
+        return
+    storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
+
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    check_resources(config)
+    events = Queue(actor_options={"num_cpus": 0})
+    monitor = Monitor(config, storage, manifest)
+    trainer = make_trainer(config, storage, events)
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() or not events.empty():
+            try:
+                monitor.handle(events.get(timeout=1))
+            except Empty:
+                continue
+    finally:
+        monitor.finish()
+    if failure:
+        raise user_error_cause(failure[0]) or failure[0]
+
+
+def make_trainer(config: PretrainConfig, storage: Storage, events: Queue) -> TorchTrainer:
+    parallel = config.parallel
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= parallel.world_size
+    scaling = ScalingConfig(
+        num_workers=parallel.world_size,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        placement_strategy="PACK",  # fills a node before the next: neighbours in rank share one
+    )
+    run = RunConfig(
+        name=config.name,
+        storage_path=storage.path(f"runs/{config.name}/ray_train"),
+        storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs)),
+    )
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "events": events},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=scaling,
+        run_config=run,
+    )
+
+
+def check_against_tokens(config: PretrainConfig, manifest: TokenManifest) -> None:
+    if manifest.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size:,} is not the vocabulary of "
+            f"data.tokens {config.data.tokens!r}, {manifest.vocab_size:,}; make them equal"
+        )
+
+
+def check_against_earlier_run(config: PretrainConfig, storage: Storage, committed: bool) -> None:
+    """A run of this name with checkpoints may only be continued as what it was."""
+    if not committed:
+        return
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            f"name: {config.name!r} has checkpoints and checkpoint.resume is 'never'; choose "
+            f"another name, or delete {storage.url(f'runs/{config.name}')}"
+        )
+    before = flatten(storage.read_json(f"runs/{config.name}/job.json"))
+    now = flatten(config.model_dump())
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if changed:
+        raise UserError(
+            f"name: {config.name!r} has checkpoints of another job ({'; '.join(changed)}); choose "
+            f"another name, or delete {storage.url(f'runs/{config.name}')}"
+        )
+
+
+def check_resources(config: PretrainConfig) -> None:
+    """Say what Ray Train waits for: it does so silently, and without an autoscaler for ever."""
+    wanted = config.parallel.world_size * config.parallel.cpus_per_worker
+    present = ray.cluster_resources().get("CPU", 0)
+    if wanted > present:
+        print(f"waiting for CPUs: the job wants {wanted:g}, the cluster has {present:g} now")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
