@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from llama_ray.config import JobConfig, PrepareConfig, PretrainConfig, load_job
-from llama_ray.errors import UserError
+from llama_ray.errors import UserError, user_error_cause
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         dispatch(config)
-    except UserError as error:
-        return _fail(error, status=1)
     except Exception as error:
-        traceback.print_exc()
-        return _fail(error, status=1)
+        # Ray raises its own exceptions around what a worker raised.
+        if (cause := user_error_cause(error)) is None:
+            traceback.print_exc()
+        return _fail(cause or error, status=1)
     return 0
 
 
@@ -69,7 +69,12 @@ def dispatch(config: JobConfig) -> None:
 
 def _fail(error: Exception, status: int) -> int:
     sys.stdout.flush()
-    print(f"error: {error}" if str(error) else f"error: {error!r}", file=sys.stderr, flush=True)
+    text = str(error).strip() or repr(error)
+    if not isinstance(
+        error, UserError
+    ):  # Ray's messages are tracebacks; their last line is the reason
+        text = text.splitlines()[-1]
+    print(f"error: {text}", file=sys.stderr, flush=True)
     return status
 
 

@@ -85,6 +85,8 @@ def start(
         str(bin_dir / "ray"), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+        # Any free port: without one of its own the agent runs on, but takes no jobs.
+        "--dashboard-agent-listen-port=0",
         f"--temp-dir={temp_dir}",
     ]  # fmt: skip
     if num_cpus is not None:
@@ -113,7 +115,11 @@ def start(
     )
     (state_dir / "head.json").write_text(json.dumps(asdict(head), indent=2) + "\n")
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not _answers(f"{head.dashboard_url}/api/jobs/"):
+    # The job server answers before the node can run anything; `ray start` says when it can.
+    while not (
+        b"Ray runtime started" in log_path.read_bytes()
+        and _answers(f"{head.dashboard_url}/api/jobs/")
+    ):
         if started.poll() is not None or time.monotonic() > deadline:
             stop(state_dir)
             tail = log_path.read_text(errors="replace").strip().splitlines()[-15:]

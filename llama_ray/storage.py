@@ -15,6 +15,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -86,19 +87,17 @@ class Storage:
             if self.scheme != "file":
                 self.fs.pipe_file(self.path(relative), data)  # a put is atomic
                 return
-            target = self.path(relative)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+            target = Path(self.path(relative))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
             try:
-                with open(temporary, "wb") as file:
+                with temporary.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
-                raise
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def read_json(self, relative: str) -> Any:
         return json.loads(self.read(relative))
@@ -109,11 +108,11 @@ class Storage:
     def open(self, relative: str, mode: str = "rb") -> IO[bytes]:
         with explained(self.config):
             if "w" in mode and self.scheme == "file":
-                os.makedirs(os.path.dirname(self.path(relative)), exist_ok=True)
+                Path(self.path(relative)).parent.mkdir(parents=True, exist_ok=True)
             return self.fs.open(self.path(relative), mode)
 
     def list(self, relative: str) -> dict[str, int]:
-        """Every file below `relative`: path from there → size in bytes. Empty where there is none."""
+        """Every file below `relative`: path from there → size in bytes. Empty where none is."""
         with explained(self.config):
             self.fs.invalidate_cache()
             base = self.path(relative)

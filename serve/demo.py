@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 TIMEOUT_SECONDS = 120
+# For the quickstart's corpus, Python packages and their documentation.
+DEFAULT_PROMPTS = ["The following example shows how to", "import os\nimport sys\n\n\ndef main("]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8)
     options = parser.parse_args(arguments)
-    prompts = options.prompt or ["Once upon a time"]
+    prompts = options.prompt or DEFAULT_PROMPTS
     sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": 0.95}
     try:
         model = _get(f"{options.url}/v1/models")["data"][0]["id"]

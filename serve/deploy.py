@@ -10,15 +10,19 @@ the reason is the last line.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from pydantic import ValidationError
 from ray import serve
+from ray._private import ray_constants
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
@@ -27,7 +31,7 @@ from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.config import ServeConfig, validate
 from llama_ray.config.load import apply_overrides, read_yaml
 from llama_ray.errors import UserError
-from llama_ray.local import check_port_free
+from llama_ray.local import Head, check_port_free
 from llama_ray.storage import Storage
 
 TIMEOUT_SECONDS = 300
@@ -104,12 +108,27 @@ def deploy(config: ServeDeploySchema) -> str:
 
 
 def _connect() -> None:
+    """To `$RAY_ADDRESS`, else the head `llama_ray.local` started here, else whatever Ray finds."""
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    head = Head.load(Path(".local"))
+    address = os.environ.get("RAY_ADDRESS") or (head.address if head else "auto")
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(address=address, namespace=SERVE_NAMESPACE, log_to_driver=False)
-    except ConnectionError:
+        if port.isdigit() and "://" not in address:
+            # Ray itself would try for five minutes.
+            socket.create_connection((host, int(port)), timeout=5).close()
+        if host in ("127.0.0.1", "localhost"):
+            # Else Ray puts the machine's address for loopback, where this head does not listen;
+            # the documented switch, an environment variable, is read when Ray is imported.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+        ray.init(
+            address=address,
+            namespace=SERVE_NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except OSError:
         raise UserError(
             f"RAY_ADDRESS: no Ray answers at {address!r}; "
             "start one (python -m llama_ray.local start)"

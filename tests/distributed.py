@@ -25,7 +25,9 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
     )
 
 
-def _worker(rank: int, function: Callable[..., None], world_size: int, port: int, args: Any) -> None:
+def _worker(
+    rank: int, function: Callable[..., None], world_size: int, port: int, args: Any
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -44,7 +44,11 @@ def s3_server(folder: Path, port: int) -> Iterator[S3Server]:
         "master.volumeSizeLimitMB": 512, "volume.max": 40, "volume.preStopSeconds": 0,
     }  # fmt: skip
     log = (folder / "weed.log").open("wb")
-    command = [Path(sys.executable).with_name("weed"), "server", *(f"-{name}={value}" for name, value in flags.items())]
+    command = [
+        Path(sys.executable).with_name("weed"),
+        "server",
+        *(f"-{name}={value}" for name, value in flags.items()),
+    ]
     server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     endpoint = f"http://127.0.0.1:{port + 3}"
     try:

@@ -43,7 +43,9 @@ def load_model(
         return _load_llama2c(checkpoint, tokenizer, dtype, device)
     folder = resolve(storage, checkpoint)
     info = read_info(storage, folder)
-    pieces = Tokenizer(_read(tokenizer, "tokenizer") if tokenizer else storage.read(f"{folder}/tokenizer.model"))
+    pieces = Tokenizer(
+        _read(tokenizer, "tokenizer") if tokenizer else storage.read(f"{folder}/tokenizer.model")
+    )
     if pieces.sha256 != info.tokenizer_sha256:
         raise UserError(
             f"tokenizer: {tokenizer or storage.url(folder) + '/tokenizer.model'} (sha256 "

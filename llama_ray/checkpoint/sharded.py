@@ -28,7 +28,9 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     Moments that do not exist yet (no step was taken) are made, as zeros.
     """
     state: State = {"model": {}, "exp_avg": {}, "exp_avg_sq": {}, "updates": {}}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
+        assert id(parameter) in trained, f"{name} is gathered: FSDP shows a temporary copy of it"
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), dtype=torch.float32)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llama_ray.config.base import StrictModel
 from llama_ray.config.model import ModelConfig
@@ -32,7 +32,7 @@ class CheckpointInfo(StrictModel):
     """Optimizer steps done."""
     tokens_seen: int
     tokenizer_sha256: str
-    files: dict[str, int] = {}
+    files: dict[str, int] = Field(default_factory=dict)
     """Name → size in bytes of every file but `checkpoint.json` and the marker."""
 
 
@@ -51,7 +51,9 @@ class CheckpointStore:
     def committed_steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, ascending."""
         pattern = re.compile(rf"step-(\d+)/{MARKER}")
-        return sorted(int(m[1]) for name in self.storage.list(self.root) if (m := pattern.fullmatch(name)))
+        return sorted(
+            int(m[1]) for name in self.storage.list(self.root) if (m := pattern.fullmatch(name))
+        )
 
     def begin(self, step: int) -> str:
         """Make way for a checkpoint: drop what an interrupted run left. Returns its folder."""

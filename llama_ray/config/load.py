@@ -64,7 +64,9 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+            raise UserError(
+                f"override {override!r}: the value is not valid YAML: {error}"
+            ) from None
         *parents, last = key.split(".")
         section = data
         for parent in parents:

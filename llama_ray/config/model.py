@@ -69,9 +69,13 @@ class ModelConfig(StrictModel):
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"dim / n_heads = {self.head_dim} is odd; rotary embeddings need pairs")
+            raise ValueError(
+                f"dim / n_heads = {self.head_dim} is odd; rotary embeddings need pairs"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(
+                f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}"
+            )
         return self
 
     @property

@@ -43,6 +43,9 @@ class TokenizerConfig(StrictModel):
 class ShardsConfig(StrictModel):
     tokens_per_shard: int = Field(16_777_216, gt=0)
     """Size of one shard file: 2 bytes a token up to 65,536 pieces, else 4."""
+    max_document_tokens: int | None = Field(None, gt=0)
+    """Longer documents are cut into pieces of this many tokens, which are shuffled apart. For
+    batches so small that a long document would fill several of them."""
 
 
 class PrepareConfig(JobConfig):

@@ -21,8 +21,8 @@ class DataConfig(StrictModel):
     Default: in proportion to each source's tokens."""
     window_steps: int = Field(16, gt=0)
     """Steps that one Ray Data read task fetches."""
-    prefetch_windows: int = Field(2, gt=0)
-    """Windows held ready ahead of the training loop."""
+    prefetch_windows: int = Field(16, gt=0)
+    """Windows fetched at a time, while as many before them are trained on."""
 
 
 class OptimizerConfig(StrictModel):

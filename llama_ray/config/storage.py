@@ -13,7 +13,7 @@ SCHEMES = ("file", "s3", "gs")
 
 
 def default_storage_url() -> str:
-    """`$LLAMA_RAY_STORAGE` (set where the Ray head starts, inherited by jobs), else a home folder."""
+    """`$LLAMA_RAY_STORAGE` (jobs inherit it from where the head was started), else a folder."""
     return os.environ.get("LLAMA_RAY_STORAGE", "file://~/llama_ray")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 DOCUMENTATION = {".rst", ".md", ".txt"}
 # Beyond this, Python files are tables and generated code.
-MAX_FILE_BYTES = 1 << 19
+MAX_FILE_BYTES = 1 << 17
 # Documentation is scarce beside code: it may take up to this share of `corpus.max_bytes`.
 DOCUMENTATION_SHARE = 0.25
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}

@@ -164,12 +164,17 @@ class _Pipeline:
 
     def tokenize(self, documents: Dataset) -> tuple[Dataset, list[dict[str, Any]]]:
         """The chunks, and the numbers of each."""
-        tokens_per_shard = self.config.shards.tokens_per_shard
         n_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         with self.stage("tokenize", self.totals("shuffle")["bytes"]):
             chunks = documents.map_batches(
                 Tokenize,
-                fn_constructor_args=(self.storage, self.config.name, tokens_per_shard, self.tally),
+                fn_constructor_args=(
+                    self.storage,
+                    self.config.name,
+                    self.config.seed,
+                    self.config.shards,
+                    self.tally,
+                ),
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=n_cpus),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llama_ray.config.prepare import ShardsConfig
 from llama_ray.data.progress import Tally
 from llama_ray.data.shards import Split, token_dtype, tokenizer_path, write_shard
 from llama_ray.data.tokenizer import Tokenizer
@@ -42,10 +43,14 @@ class Tokenize:
     """A bucket's documents → its chunks. An actor, because loading the model takes a moment.
     Reports documents, bytes, tokens, done (bytes)."""
 
-    def __init__(self, storage: Storage, name: str, tokens_per_shard: int, tally: Any) -> None:
+    def __init__(
+        self, storage: Storage, name: str, seed: int, shards: ShardsConfig, tally: Any
+    ) -> None:
         self.tokenizer = Tokenizer.load(storage, tokenizer_path(name))
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
-        self.chunk_tokens = -(-tokens_per_shard // CHUNKS_PER_SHARD)
+        self.seed = seed
+        self.max_document_tokens = shards.max_document_tokens
+        self.chunk_tokens = -(-shards.tokens_per_shard // CHUNKS_PER_SHARD)
         self.tally = tally
 
     def __call__(self, bucket: pa.Table) -> pa.Table:
@@ -67,7 +72,7 @@ class Tokenize:
                 report(counts)
             report(counts, wait=True)
             for (source, split), documents in by_part.items():
-                for part, chunk in enumerate(self._chunks(documents)):
+                for part, chunk in enumerate(self._chunks(self._cut(documents, number))):
                     rows.append((number, source, split, part, *chunk))
         columns = zip(*rows, strict=True) if rows else [()] * len(CHUNK_SCHEMA)
         return pa.table([list(column) for column in columns], schema=CHUNK_SCHEMA)
@@ -78,6 +83,21 @@ class Tokenize:
         for row, size in enumerate(batch["bytes"].to_pylist()):
             split: Split = "validation" if held_out[row] else "train"
             yield sources[row], split, np.array(ids[row], self.dtype), size
+
+    def _cut(
+        self, documents: list[tuple[np.ndarray, int]], bucket: int
+    ) -> list[tuple[np.ndarray, int]]:
+        """Long documents in pieces, the bucket's pieces in a random order of their own. All of a
+        document's bytes count with its first piece."""
+        if (longest := self.max_document_tokens) is None:
+            return documents
+        pieces = [
+            (ids[start : start + longest], 0 if start else size)
+            for ids, size in documents
+            for start in range(0, len(ids), longest)
+        ]
+        order = np.random.default_rng((self.seed, bucket)).permutation(len(pieces))
+        return [pieces[i] for i in order]
 
     def _chunks(self, documents: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[Any, ...]]:
         """n_documents, n_tokens, n_bytes, tokens, lengths."""

@@ -73,6 +73,11 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    wq: nn.Module  # declared as modules, because parallelize() puts other classes in their place
+    wk: nn.Module
+    wv: nn.Module
+    wo: nn.Module
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -91,6 +96,10 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): W2 (silu(W1 x) · W3 x)."""
+
+    w1: nn.Module
+    w2: nn.Module
+    w3: nn.Module
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

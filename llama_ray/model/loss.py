@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = grad_hidden * grad.type_as(grad_hidden)
         return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None

@@ -29,12 +29,12 @@ from llama_ray.model.llama import RMSNorm, rms_norm
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """Each rank computes its share of the outputs, from an input that all ranks have."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, gather_output: bool = False) -> None:
+    def __init__(self, linear: nn.Module, mesh: DeviceMesh, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = place(linear.weight, mesh, Shard(0))
+        self.out_features, self.in_features = self.weight.shape
         self.output_size_per_partition = self.out_features // mesh.size()
         self.gather_output = gather_output
-        self.weight = place(linear.weight, mesh, Shard(0))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, local(self.weight))
@@ -44,12 +44,12 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """Each rank multiplies its share of the inputs; the products are summed."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+    def __init__(self, linear: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = place(linear.weight, mesh, Shard(1))
+        self.out_features, self.in_features = self.weight.shape
         self.input_size_per_partition = self.in_features // mesh.size()
         self.input_is_parallel = True
-        self.weight = place(linear.weight, mesh, Shard(1))
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce_from_model_parallel_region(F.linear(x, local(self.weight)))
@@ -58,10 +58,10 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
     """Meta's layout: each rank holds a slice of every token's vector."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    def __init__(self, embedding: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.weight = place(embedding.weight, mesh, Shard(1))
+        self.num_embeddings, self.embedding_dim = self.weight.shape
 
     def forward(self, tokens: Tensor) -> Tensor:
         return gather_from_model_parallel_region(F.embedding(tokens, local(self.weight)))
@@ -71,12 +71,12 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     """Each rank holds the vectors of a range of tokens: the output projection's layout, for models
     whose embeddings are tied to it."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    def __init__(self, embedding: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.weight = place(embedding.weight, mesh, Shard(0))
+        self.num_embeddings, self.embedding_dim = self.weight.shape
         self.num_embeddings_per_partition = self.num_embeddings // mesh.size()
         self.vocab_start_index = mesh.get_local_rank() * self.num_embeddings_per_partition
-        self.weight = place(embedding.weight, mesh, Shard(0))
 
     def forward(self, tokens: Tensor) -> Tensor:
         index = tokens - self.vocab_start_index
@@ -98,9 +98,10 @@ class ReplicatedRMSNorm(RMSNorm):
         return copy_to_model_parallel_region(rms_norm(x, local(self.weight), self.eps))
 
 
-def place(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+def place(parameter: Tensor | nn.Module, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     """The parameter, still on `meta`, as a DTensor of which each rank has its part."""
-    assert parameter.is_meta, "parallelise before materialize(): nothing to allocate, nothing to send"
+    assert isinstance(parameter, nn.Parameter)
+    assert parameter.is_meta, "parallelise before materialize(): there is nothing to send then"
     part = parameter.data
     if isinstance(placement, Shard):
         part = part.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()

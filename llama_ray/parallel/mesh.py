@@ -32,5 +32,5 @@ def init_mesh(tensor: int, data: int, device_type: str) -> DeviceMesh:
 
 
 def destroy_mesh() -> None:
-    """Forget fairscale's groups (it keeps them in module globals), so that another mesh can follow."""
+    """Forget fairscale's groups, which it keeps in globals, so that another mesh can follow."""
     fairscale_groups.destroy_model_parallel()

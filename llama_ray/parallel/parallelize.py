@@ -1,10 +1,10 @@
 """Make a model on `meta` parallel: one `apply_*` per concern, in this order.
 
-    with torch.device("meta"):
-        model = LLaMA(config)
-    parallelize(model, mesh, torch.bfloat16)
-    model.materialize("cpu")
-    initialize(model, seed)
+with torch.device("meta"):
+    model = LLaMA(config)
+parallelize(model, mesh, torch.bfloat16)
+model.materialize("cpu")
+initialize(model, seed)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from llama_ray.model.llama import LLaMA
+from llama_ray.model.llama import Block, LLaMA
 from llama_ray.model.loss import linear_cross_entropy
 from llama_ray.parallel.layers import (
     ColumnParallelLinear,
@@ -44,6 +44,7 @@ def parallelize(model: LLaMA, mesh: DeviceMesh, dtype: torch.dtype) -> LLaMA:
 def apply_tensor_parallel(model: LLaMA, mesh: DeviceMesh) -> None:
     """Heads, FFN and vocabulary are split over the axis; the residual stream is whole on each."""
     for block in model.layers:
+        assert isinstance(block, Block)
         attention, ffn = block.attention, block.feed_forward
         block.attention_norm = ReplicatedRMSNorm(block.attention_norm, mesh)
         attention.wq = ColumnParallelLinear(attention.wq, mesh)
@@ -64,7 +65,9 @@ def apply_tensor_parallel(model: LLaMA, mesh: DeviceMesh) -> None:
     model.token_loss = partial(_vocab_parallel_loss, mesh)
 
 
-def _vocab_parallel_loss(mesh: DeviceMesh, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _vocab_parallel_loss(
+    mesh: DeviceMesh, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Tensor:
     return linear_cross_entropy(hidden, local(weight), targets, mesh.get_group())
 
 

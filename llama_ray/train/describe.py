@@ -23,10 +23,13 @@ def describe_pretrain(config: PretrainConfig) -> None:
             (
                 "step",
                 f"{config.tokens_per_step:,} tokens = {train.batch_size} sequences × "
-                f"{config.data.seq_len}, in {config.grad_accum_steps} micro-batch"
-                f"{'es' if config.grad_accum_steps > 1 else ''} of {train.micro_batch_size} per rank",
+                f"{config.data.seq_len}; per rank {config.grad_accum_steps} × "
+                f"{train.micro_batch_size} sequences",
             ),
-            ("training", f"{train.steps:,} steps = {count(tokens)} tokens = {si(tokens * flops)}FLOPs"),
+            (
+                "training",
+                f"{train.steps:,} steps = {count(tokens)} tokens = {si(tokens * flops)}FLOPs",
+            ),
             (
                 "memory",
                 f"{si(16 * n / parallel.world_size, 'B')} per rank for weights, gradients and "

@@ -35,13 +35,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for known, rate in GPU_PEAK_FLOPS.items():
             if known in name:
                 return rate * dist.get_world_size(), f"{name}, data sheet"
-    rate = torch.tensor(measured_matmul_flops(device, dtype), device=device)
-    dist.all_reduce(rate)
-    return rate.item(), f"{str(dtype).removeprefix('torch.')} matrix product, measured"
+    total = torch.tensor(measured_matmul_flops(device, dtype), device=device)
+    dist.all_reduce(total)
+    return total.item(), f"{str(dtype).removeprefix('torch.')} matrix product, measured"
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of a 1024 × 1024 × 1024 product: the best of several runs, the machine being shared."""
+    """FLOP/s of a 1024 × 1024 × 1024 product: the best of many, the machine being shared."""
     n = 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     for _ in range(3):

@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: build, resume, and then step after step.
 
-    tokens of a step ─▶ micro-batches ─▶ loss ─▶ gradients ─▶ clip ─▶ AdamW ─▶ metrics
-                                                                            └▶ checkpoint
+tokens of a step ─▶ micro-batches ─▶ loss ─▶ gradients ─▶ clip ─▶ AdamW ─▶ metrics
+                                                                        └▶ checkpoint
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.util.queue import Queue
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from llama_ray.checkpoint.sharded import Checkpointer, load_sharded, training_state
 from llama_ray.checkpoint.store import CheckpointInfo, CheckpointStore, read_info
@@ -113,20 +112,23 @@ class Worker:
             "device": str(self.device),
         }
         meter = Meter(self.config, peak)
+        losses: list[Tensor] = []  # since the last report; on the device, not to wait for it
         for step, batch in self._batches():
             meter.data_arrived()
             loss, grad_norm = self.train_step(step, batch)
+            losses.append(loss)
             meter.step_done()
             done, last = step + 1, step + 1 == train.steps
             if done % train.log_every == 0 or last:
                 yield {
                     "event": "step",
                     "step": done,
-                    "loss": loss.item(),
+                    "loss": torch.stack(losses).mean().item(),
                     "grad_norm": grad_norm.item(),
                     "lr": learning_rate(step, train.steps, self.config.optimizer),
                     **meter.rates(),
                 }
+                losses.clear()
             if done % train.validate_every == 0 or last:
                 metrics = {"step": done, "validation_loss": self.validate()}
                 ray.train.report(metrics)
@@ -173,11 +175,14 @@ class Worker:
             nats = self.model(batch[:, :-1], batch[:, 1:])
             if len(mine):
                 sums += torch.stack((nats.double(), sums.new_tensor(batch[:, 1:].numel())))
+        # FSDP leaves the root's weights gathered (and in `dtype`) for a backward pass to come.
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
         dist.all_reduce(sums, group=self.mesh.get_group("dp"))
         return (sums[0] / sums[1]).item()
 
     def save(self, step: int) -> float:
-        """Checkpoint after `step` steps, in the background. Returns seconds training stood still."""
+        """Checkpoint after `step` steps, in the background. Returns the seconds lost."""
         start = time.perf_counter()
         info = CheckpointInfo(
             model=self.config.model,

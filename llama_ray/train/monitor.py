@@ -61,7 +61,10 @@ class Monitor:
             f"{event['grad_norm']:>6.2f}  {event['tokens_per_second']:>8,.0f}  "
             f"{event['mfu']:>6.1%}  {event['data_wait']:>9.1%}  {bar(done)}  {duration(left):>8}"
         )
-        if event["step"] % self.config.train.validate_every and event["step"] < self.config.train.steps:
+        if (
+            event["step"] % self.config.train.validate_every
+            and event["step"] < self.config.train.steps
+        ):
             self._flush_row()
 
     def _validation(self, event: dict[str, Any]) -> None:

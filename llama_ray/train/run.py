@@ -15,7 +15,7 @@ from ray.util.queue import Empty, Queue
 from llama_ray.checkpoint.store import CheckpointStore
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
-from llama_ray.errors import UserError, user_error_cause
+from llama_ray.errors import UserError
 from llama_ray.storage import Storage
 from llama_ray.train.loop import train_worker
 from llama_ray.train.monitor import Monitor
@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> None:
     finally:
         monitor.finish()
     if failure:
-        raise user_error_cause(failure[0]) or failure[0]
+        raise failure[0]
 
 
 def make_trainer(config: PretrainConfig, storage: Storage, events: Queue) -> TorchTrainer:

@@ -25,7 +25,14 @@ from tests.s3 import BUCKET, S3Server
 
 VOCAB = 300
 MODEL = ModelConfig.model_validate(
-    {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_hidden_dim": 64, "vocab_size": VOCAB}
+    {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "ffn_hidden_dim": 64,
+        "vocab_size": VOCAB,
+    }
 )
 
 

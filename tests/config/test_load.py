@@ -23,7 +23,9 @@ def test_every_job_file_is_valid_and_executable(path: Path) -> None:
 
 
 def test_overrides_reach_nested_keys_and_are_typed() -> None:
-    job = load_job(PRETRAIN, ["train.steps=7", "optimizer.warmup_steps=0", "model.dim=256", "seed=3"])
+    job = load_job(
+        PRETRAIN, ["train.steps=7", "optimizer.warmup_steps=0", "model.dim=256", "seed=3"]
+    )
     assert isinstance(job, PretrainConfig)
     assert (job.train.steps, job.model.dim, job.seed) == (7, 256, 3)
 
@@ -68,7 +70,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_tensor_parallel_33b_at_8_is_refused() -> None:
     """52 heads do not split into 8 (DESIGN.md, decision 1)."""
-    with pytest.raises(UserError, match="8 does not divide .* choose from 1, 2, 4"):
+    with pytest.raises(UserError, match=r"8 does not divide .* choose from 1, 2, 4"):
         load_job(str(JOBS / "pretrain_7b.yaml"), ["model.preset=33B", "parallel.tensor=8"])
 
 
@@ -86,7 +88,7 @@ def test_parameter_formula(size: str, parameters: int) -> None:
 
 
 def test_default_ffn_width_is_metas_rule() -> None:
-    """2/3 of 4 × dim, rounded up to a multiple of 256, gives the released widths of 7B, 13B and 65B."""
+    """2/3 of 4 × dim, up to a multiple of 256: the released widths of 7B, 13B and 65B."""
     for size in ("7B", "13B", "65B"):
         dim, layers, heads, ffn = PRESETS[size]
         model = ModelConfig.model_validate({"dim": dim, "n_layers": layers, "n_heads": heads})

@@ -64,7 +64,9 @@ def compare(rank: int, config: ModelConfig, tensor: int, data: int) -> None:
             assert want.grad is not None
             assert got.grad is not None
             assert relative_error(whole(got.grad), want.grad) < 1e-5, f"{name}: gradient"
-        want_norm, norm = (clip_grad_norm(m, optimizer_config.clip_norm) for m in (reference, model))
+        want_norm, norm = (
+            clip_grad_norm(m, optimizer_config.clip_norm) for m in (reference, model)
+        )
         assert want_norm > optimizer_config.clip_norm  # so that clipping is part of the test
         assert relative_error(norm, want_norm) < 1e-5
         for optimizer in optimizers:

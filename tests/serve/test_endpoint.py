@@ -174,10 +174,9 @@ ENDLESS: dict[str, Any] = {
 }
 
 
-def stream_endless(url: str) -> AbstractContextManager[httpx.Response]:
-    return httpx.stream(
-        "POST", f"{url}/v1/completions", json=ENDLESS | {"stream": True}, timeout=60
-    )
+def stream_endless(url: str, **fields: Any) -> AbstractContextManager[httpx.Response]:
+    body = ENDLESS | {"stream": True} | fields
+    return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60)
 
 
 def wait_until_idle(url: str) -> float:

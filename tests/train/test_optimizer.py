@@ -21,7 +21,9 @@ def test_schedule_agrees_with_pytorchs() -> None:
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - 101, eta_min=3e-5)
     reference = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [100])
     for step in range(steps):
-        assert learning_rate(step, steps, CONFIG) == pytest.approx(reference.get_last_lr()[0], rel=1e-6)
+        assert learning_rate(step, steps, CONFIG) == pytest.approx(
+            reference.get_last_lr()[0], rel=1e-6
+        )
         optimizer.step()
         reference.step()
 
