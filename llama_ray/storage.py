@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fsspec.spec import AbstractFileSystem
 
 from llama_ray.config.storage import StorageConfig
 from llama_ray.errors import UserError
+from llama_ray.format import si
 
 
 class Storage:
@@ -125,6 +127,19 @@ class Storage:
             self.fs.invalidate_cache()
             if self.fs.exists(self.path(relative)):
                 self.fs.rm(self.path(relative), recursive=True)
+
+    def require_space(self, n_bytes: int) -> None:
+        """Raises `UserError` where a local disk has less free. Object stores do not tell."""
+        if self.scheme != "file":
+            return
+        with explained(self.config):
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.root).free
+        if free < n_bytes:
+            raise UserError(
+                f"storage.url: {self.config.url}: no space left: {si(n_bytes, 'B')} are wanted, "
+                f"{si(free, 'B')} are free; free some, or choose another storage.url"
+            )
 
     def check_writable(self) -> None:
         """Write, read and delete a small file, so that a job fails in its first second."""

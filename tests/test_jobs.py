@@ -44,6 +44,20 @@ def submit(head: Head, *arguments: str) -> str:
     return job.stdout
 
 
+def run_job(storage_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m llama_ray.job ARGUMENTS`: for what fails before it needs a cluster."""
+    return subprocess.run(
+        [BIN / "python", "-m", "llama_ray.job", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"LLAMA_RAY_STORAGE": f"file://{storage_root}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def last_error(job: subprocess.CompletedProcess[str]) -> str:
     """The last line of a job that must fail, which must be the reason."""
     assert job.returncode != 0, job.stdout
@@ -81,7 +95,7 @@ def test_the_literal_pretrain_job(ray_head: Head, corpus: str, storage_root: Pat
     assert all(0 < r["mfu"] < 1 and r["tokens_per_second"] > 0 for r in steps)
 
     assert "nothing to do" in submit(ray_head, "jobs/pretrain.yaml")
-    refused = ray_job_submit(ray_head, "--", "jobs/pretrain.yaml", "optimizer.lr=1e-4")
+    refused = run_job(storage_root, "jobs/pretrain.yaml", "optimizer.lr=1e-4")
     assert "optimizer.lr was 0.004, is 0.0001" in last_error(refused)
 
 
@@ -105,27 +119,38 @@ def test_with_a_working_directory_it_resumes(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "status", "reason"),
     [
-        (["jobs/pretrain.yaml", "train.step=1"], "did you mean 'steps'?"),
-        (["jobs/pretrain.yaml", "data.tokens=none"], "holds no prepared tokens; run the `prepare`"),
-        (["jobs/pretrain.yaml", "name=v", "model.vocab_size=8192"], "model.vocab_size: 8,192 is"),
-        (["jobs/prepare.yaml", "name=n", "corpus.path=/nowhere"], "corpus.path: /nowhere"),
+        (["jobs/pretrain.yaml", "data.tokens=none"], 1, "holds no prepared tokens; run the `prepa"),
+        (
+            ["jobs/pretrain.yaml", "name=v", "model.vocab_size=8192"],
+            1,
+            "model.vocab_size: 8,192 is",
+        ),
+        (["jobs/prepare.yaml", "name=n", "corpus.path=/nowhere"], 1, "corpus.path: /nowhere"),
+        (["jobs/none.yaml"], 2, "jobs/none.yaml: cannot be read"),
     ],
 )
 def test_failure_has_a_status_and_a_reason_last(
-    ray_head: Head, corpus: str, arguments: list[str], reason: str
+    corpus: str, storage_root: Path, arguments: list[str], status: int, reason: str
 ) -> None:
-    job = ray_job_submit(ray_head, "--", *arguments)
+    job = run_job(storage_root, *arguments)
+    assert job.returncode == status
     assert last_error(job).startswith("error: ")
     assert reason in last_error(job)
     assert "Traceback" not in job.stdout
 
 
-def test_dry_run_touches_nothing(ray_head: Head, storage_root: Path) -> None:
+def test_ray_job_submit_passes_the_failure_on(ray_head: Head) -> None:
+    job = ray_job_submit(ray_head, "--", "jobs/pretrain.yaml", "train.step=1")
+    assert "train.step: unknown key, did you mean 'steps'?" in last_error(job)
+
+
+def test_dry_run_touches_nothing(storage_root: Path) -> None:
     before = sorted(storage_root.rglob("*"))
-    output = submit(ray_head, "--", "jobs/pretrain_7b.yaml", "--dry-run", "model.preset=65B")
-    assert "65,285,660,672" in output
+    job = run_job(storage_root, "jobs/pretrain_7b.yaml", "--dry-run", "model.preset=65B")
+    assert job.returncode == 0
+    assert "65,285,660,672" in job.stdout
     assert sorted(storage_root.rglob("*")) == before
 
 
@@ -166,7 +191,7 @@ def assert_served(
 
 
 TINY = [
-    "data.tokens=tiny", "model.vocab_size=400", "data.seq_len=64", "train.steps=20",
+    "data.tokens=tiny", "model.vocab_size=320", "data.seq_len=64", "train.steps=20",
     "optimizer.warmup_steps=2", "checkpoint.every=10", "train.validate_every=10",
 ]  # fmt: skip
 
@@ -183,7 +208,7 @@ def foxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepare_foxes(foxes: Path) -> list[str]:
     return [
-        "jobs/prepare.yaml", "name=tiny", f"corpus.path={foxes}", "tokenizer.vocab_size=400",
+        "jobs/prepare.yaml", "name=tiny", f"corpus.path={foxes}", "tokenizer.vocab_size=320",
         "corpus.validation_fraction=0.2",
     ]  # fmt: skip
 

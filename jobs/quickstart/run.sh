@@ -7,7 +7,6 @@ cd "$(dirname "$0")/../.."
 dashboard="http://127.0.0.1:$DASHBOARD_PORT"
 endpoint="http://127.0.0.1:$SERVE_PORT"
 export RAY_API_SERVER_ADDRESS="$dashboard"    # where `ray job submit` goes
-export RAY_ADDRESS="127.0.0.1:$RAY_PORT"      # where `serve.deploy` connects
 
 step() { printf '\n\033[1m━━ %s\033[0m\n' "$1"; }
 run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
@@ -22,7 +21,7 @@ step "3/4  Tokens → model (Ray Train, tensor parallel over two workers)"
 run ray job submit -- jobs/quickstart/pretrain.yaml
 
 step "4/4  Model → endpoint (Ray Serve)"
-run python -m serve.deploy serve/config.yaml "http_options.port=$SERVE_PORT"
+run ray job submit -- python3 -m serve.deploy serve/config.yaml "http_options.port=$SERVE_PORT"
 run python -m serve.demo --url "$endpoint"
 
 step "It runs on until \`make stop\`. What to try next"

@@ -7,13 +7,16 @@ uploads them and then commits.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 from llama_ray.checkpoint.store import CheckpointInfo, CheckpointStore
@@ -60,6 +63,9 @@ class Checkpointer:
         self.wait()
         if dist.get_rank() == 0:
             self.store.begin(info.step)
+            # Weights and both moments in float32. Asked beforehand, because torch passes an error
+            # of its own on to other ranks, and not the one the disk gave.
+            self.store.storage.require_space(12 * info.model.n_params)
         dist.barrier(self.group)
         url = self.store.storage.url(self.store.path(info.step))
         with warnings.catch_warnings():
@@ -83,7 +89,7 @@ class Checkpointer:
         self.thread.shutdown()
 
     def _finish(self, upload: Future[Any], info: CheckpointInfo) -> None:
-        with explained(self.store.storage.config):
+        with _explained(self.store.storage):
             upload.result()
         if dist.get_rank() == 0:
             self.store.commit(info, self.tokenizer)
@@ -94,7 +100,7 @@ def load_sharded(storage: Storage, folder: str, state: State) -> None:
     """Fill the tensors of `state`, whatever layout the checkpoint was written in. With no process
     group, in this process alone."""
     reader = FsspecReader(storage.url(folder), **storage.options)
-    with explained(storage.config), warnings.catch_warnings():
+    with _explained(storage), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
@@ -103,3 +109,17 @@ def load_weights(storage: Storage, folder: str, model: nn.Module) -> None:
     """Fill the weights alone, for inference; they are converted to the model's dtype."""
     weights: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
     load_sharded(storage, folder, {"model": weights})
+
+
+@contextmanager
+def _explained(storage: Storage) -> Iterator[None]:
+    """As `storage.explained`, from below torch's own exception: it holds those of all ranks, and
+    these come of the one that storage raised."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause: BaseException = next(iter(error.failures.values()))[0]
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        with explained(storage.config):
+            raise cause from error

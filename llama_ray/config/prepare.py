@@ -19,7 +19,7 @@ class CorpusConfig(StrictModel):
     """Column or key that holds the document."""
     source_field: str = "source"
     """Column or key that names the document's source (the mixture's unit); absent: the file's
-    name up to the first dot."""
+    name up to the first dot, or the folder's name for `.txt`."""
     max_bytes: int | None = Field(None, gt=0)
     """Read no more than about this many bytes of text."""
     min_document_chars: int = Field(200, ge=1)

@@ -197,7 +197,7 @@ def check_sources(n: int, config: PrepareConfig) -> None:
         raise UserError(
             f"corpus.source_field: {config.corpus.source_field!r} has more than {MAX_SOURCES} "
             "values; name a field with one value per kind of text, or one that does not exist "
-            "(then the file's name up to the first dot is the source)"
+            "(then the file's name up to the first dot is the source, or a .txt file's folder)"
         )
 
 

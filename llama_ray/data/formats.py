@@ -38,8 +38,12 @@ def reader_for(path: str) -> Reader | None:
 
 
 def source_of_name(path: str) -> str:
-    """`data/wikipedia.en-00.jsonl.zst` → `wikipedia`."""
-    return path.rsplit("/", 1)[-1].partition(".")[0]
+    """`data/wikipedia.en-00.jsonl.zst` → `wikipedia`. A `.txt` file is one document, so its folder
+    is the source: `data/books/moby.txt` → `books`."""
+    *folders, name = path.split("/")
+    if name.endswith(".txt") and folders and folders[-1]:
+        return folders[-1]
+    return name.partition(".")[0]
 
 
 def read_jsonl(file: IO[bytes], size: int, name: str, config: CorpusConfig) -> Iterator[Document]:

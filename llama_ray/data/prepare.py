@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -74,7 +75,7 @@ def prepare(config: PrepareConfig) -> TokenManifest:
     files = find_files(config)
     storage.delete(folder(config.name))  # what an interrupted run left
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     try:
         with data_context():
             manifest = _Pipeline(config, storage).run(files, given)

@@ -78,6 +78,7 @@ class Worker:
             seed=config.seed,
             weights=config.data.weights,
         )
+        self.validation = self.stream.validation_sequences(config.train.validation_sequences)
         self.tokenizer_sha256 = tokenizer.sha256
         self.store = CheckpointStore(storage, config.name)
         self.checkpointer = Checkpointer(self.store, tokenizer.model_bytes, config.checkpoint.keep)
@@ -164,8 +165,7 @@ class Worker:
         """Mean loss in nats per token over the held-out sequences, the same ones every time."""
         self.model.eval()
         dp_rank, dp_size = self.mesh.get_local_rank("dp"), self.config.parallel.data
-        sequences = self.stream.validation_sequences(self.config.train.validation_sequences)
-        size = self.config.train.micro_batch_size
+        size, sequences = self.config.train.micro_batch_size, self.validation
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, tokens
         # Every rank makes the same number of passes, for each gathers weights from the others; one
         # that has run out of sequences repeats the last without counting it.

@@ -70,11 +70,11 @@ def test_which_files(tmp_path: Path) -> None:
         files = find_files(prepare_config(tmp_path, path))
         return [(os.path.relpath(file.path, tmp_path), file.source) for file in files]
 
-    everything = [("sub/books.txt", "books"), ("web.x.jsonl", "web")]
+    everything = [("sub/books.txt", "sub"), ("web.x.jsonl", "web")]
     assert found(f"{tmp_path}") == everything
     assert found(f"file://{tmp_path}/") == everything
-    assert found(f"{tmp_path}/**/*.txt") == [("sub/books.txt", "books")]
-    assert found(f"{tmp_path}/s*") == [("sub/books.txt", "books")]
+    assert found(f"{tmp_path}/**/*.txt") == [("sub/books.txt", "sub")]
+    assert found(f"{tmp_path}/s*") == [("sub/books.txt", "sub")]
     assert found(f"{tmp_path}/web.x.jsonl") == [("web.x.jsonl", "web")]
 
 
