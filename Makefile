@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "error: Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@echo "Installing into $(VENV) (about 1.5 minutes) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: install

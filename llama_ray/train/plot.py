@@ -20,6 +20,7 @@ def loss_curve(records: list[dict[str, Any]], title: str, unigram_entropy: float
     """
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    last: list[tuple[float, float, str]] = []  # tokens, loss and colour of each curve's end
     for event, key, color, label in (
         ("step", "loss", TRAIN, "training loss"),
         ("validation", "validation_loss", VALID, "validation loss"),
@@ -29,15 +30,17 @@ def loss_curve(records: list[dict[str, Any]], title: str, unigram_entropy: float
             continue
         marker = "o" if event == "validation" else ""
         axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, ms=4, lw=1.6)
-        x, y = points[-1]
+        last.append((*points[-1], color))
+    # The lower end's label below its curve, the higher one's above.
+    for (x, y, color), offset in zip(sorted(last, key=lambda end: end[1]), (-14, 8), strict=False):
         axes.annotate(
             f"{y:.3f}",
             (x, y),
-            xytext=(6, 6 if event == "step" else -12),
+            xytext=(0, offset),
             textcoords="offset points",
+            ha="center",
             color=color,
             fontsize=9,
-            annotation_clip=False,
         )
     axes.axhline(unigram_entropy, color=MUTED, lw=1, ls="--")
     axes.annotate(
