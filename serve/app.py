@@ -46,7 +46,6 @@ class LLaMAServer:
             dtype=getattr(torch, config.engine.dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        self._config = config
         self._engine = AsyncEngine(Engine(loaded, config.engine), config.max_queued_requests)
         self._model = Model(id=config.model_name, created=int(time.time()))
         logging.getLogger("ray.serve").info(

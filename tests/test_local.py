@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,8 +26,16 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert local.Head.load(tmp_path) is None
 
 
-def test_start_and_stop_of_a_second_head(ray_head: local.Head, tmp_path: Path) -> None:
-    head = local.start(tmp_path, free_port(), free_port(), num_cpus=1)
+@pytest.fixture
+def second_head(tmp_path: Path) -> Iterator[local.Head]:
+    yield local.start(tmp_path, free_port(), free_port(), num_cpus=1)
+    local.stop(tmp_path)
+
+
+def test_start_and_stop_of_a_second_head(
+    ray_head: local.Head, second_head: local.Head, tmp_path: Path
+) -> None:
+    head = second_head
     assert local.start(tmp_path) == head  # it runs already
     process = head.process()
     assert process is not None

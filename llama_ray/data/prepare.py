@@ -23,6 +23,7 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
+from llama_ray.config.load import differences
 from llama_ray.config.prepare import PrepareConfig
 from llama_ray.data.corpus import CorpusFile, check_sources, find_files, read_corpus
 from llama_ray.data.describe import describe_prepare, print_summary
@@ -319,17 +320,8 @@ def _digest(config: PrepareConfig) -> str:
 def _check_same(existing: TokenManifest, config: PrepareConfig, storage: Storage) -> None:
     if existing.config_sha256 == _digest(config):
         return
-    before, now = _flat(existing.config), _flat(_content_config(config))
-    differing = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    differing = differences(existing.config, _content_config(config))
     raise UserError(
         f"name: {storage.url(folder(config.name))} was prepared with another configuration "
         f"(differs in {', '.join(differing)}); choose another name, or delete it"
     )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 import pyarrow.fs
 import ray
@@ -13,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from llama_ray.checkpoint.store import CheckpointStore
+from llama_ray.config.load import differences
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
 from llama_ray.errors import UserError
@@ -116,13 +116,11 @@ def check_against_earlier_run(config: PretrainConfig, storage: Storage, committe
             f"name: {config.name!r} has checkpoints and checkpoint.resume is 'never'; choose "
             f"another name, or delete {storage.url(f'runs/{config.name}')}"
         )
-    before = flatten(storage.read_json(f"runs/{config.name}/job.json"))
-    now = flatten(config.model_dump())
+    earlier = storage.read_json(f"runs/{config.name}/job.json")
     changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        f"{key} was {before!r}, is {now!r}"
+        for key, (before, now) in differences(earlier, config.model_dump()).items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
     if changed:
         raise UserError(
@@ -137,14 +135,3 @@ def check_resources(config: PretrainConfig) -> None:
     present = ray.cluster_resources().get("CPU", 0)
     if wanted > present:
         print(f"waiting for CPUs: the job wants {wanted:g}, the cluster has {present:g} now")
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
