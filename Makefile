@@ -48,4 +48,4 @@ format: install
 	$(VENV)/bin/ruff format .
 
 clean: stop
-	rm -rf $(VENV) .local output
+	rm -rf $(VENV) .local  # output/ stays: it may hold what took long to train

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import ray
+from ray._private import ray_constants
 
 from llama_ray.errors import UserError
 
@@ -44,6 +47,8 @@ class Head:
     dashboard_url: str
     """Dashboard, and where `ray job submit --address` goes."""
     temp_dir: str
+    storage: str | None
+    """`$LLAMA_RAY_STORAGE` as its jobs see it."""
 
     @classmethod
     def load(cls, state_dir: Path) -> Head | None:
@@ -70,9 +75,18 @@ def start(
     num_cpus: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Head:
-    """Start a head, or return the one already running. Raises `UserError` if a port is taken or it
-    does not come up."""
+    """Start a head, or return the one already running. Raises `UserError` if that one was started
+    otherwise, a port is taken, or it does not come up."""
+    environment = os.environ | (env or {})
+    storage = environment.get("LLAMA_RAY_STORAGE")
+    wanted = (f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", storage)
     if head := Head.load(state_dir):
+        running = (head.address, head.dashboard_url, head.storage)
+        if running != wanted:
+            raise UserError(
+                f"Ray runs here already, otherwise than asked for: {running} instead of {wanted} "
+                "(address, dashboard, LLAMA_RAY_STORAGE); end it first (make stop)"
+            )
         return head
     check_port_free(port, "RAY_PORT")
     check_port_free(dashboard_port, "DASHBOARD_PORT")
@@ -91,7 +105,6 @@ def start(
     ]  # fmt: skip
     if num_cpus is not None:
         command.append(f"--num-cpus={num_cpus}")
-    environment = os.environ | (env or {})
     # A job's `#!/usr/bin/env -S python3 …` must find this environment's python3.
     environment["PATH"] = f"{bin_dir}{os.pathsep}{environment.get('PATH', '')}"
     environment.pop("RAY_ADDRESS", None)
@@ -112,6 +125,7 @@ def start(
         address=f"127.0.0.1:{port}",
         dashboard_url=f"http://127.0.0.1:{dashboard_port}",
         temp_dir=temp_dir,
+        storage=storage,
     )
     (state_dir / "head.json").write_text(json.dumps(asdict(head), indent=2) + "\n")
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -145,6 +159,36 @@ def stop(state_dir: Path) -> bool:
     (state_dir / "head.json").unlink(missing_ok=True)
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     return True
+
+
+def connect(namespace: str | None = None) -> None:
+    """Make this process a driver: of `$RAY_ADDRESS` (which `ray job submit` sets), else of the head
+    that `start` started in this folder, else of the Ray that Ray itself finds. Raises `UserError`
+    where there is none: a second Ray is not started behind the user's back."""
+    if ray.is_initialized():
+        return
+    head = Head.load(Path(".local"))
+    address = os.environ.get("RAY_ADDRESS") or (head.address if head else "auto")
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit() and "://" not in address:
+            # Ray itself would try for five minutes.
+            socket.create_connection((host, int(port)), timeout=5).close()
+        if host in ("127.0.0.1", "localhost"):
+            # Else Ray puts the machine's address for loopback, where our head does not listen; the
+            # documented switch, an environment variable, is read when Ray is imported.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+        ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except OSError:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray answers at {address!r}; submit the job (ray job submit), or "
+            "start a Ray (python -m llama_ray.local start)"
+        ) from None
 
 
 def check_port_free(port: int, setting: str) -> None:

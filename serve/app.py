@@ -44,7 +44,7 @@ class LLaMAServer:
             Storage(config.storage),
             tokenizer=config.tokenizer,
             dtype=getattr(torch, config.engine.dtype),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device="cuda" if config.gpus_per_replica else "cpu",
         )
         self._engine = AsyncEngine(Engine(loaded, config.engine), config.max_queued_requests)
         self._model = Model(id=config.model_name, created=int(time.time()))
@@ -93,7 +93,10 @@ def build_app(args: dict[str, Any]) -> Application:
     engine_takes = config.engine.max_batch_size + config.max_queued_requests
     return LLaMAServer.options(  # type: ignore[attr-defined]
         num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+        },
         max_ongoing_requests=engine_takes + _ONGOING_BEYOND_ENGINE,
         # What a constructor reports (no checkpoint, wrong tokenizer) seldom mends itself, and
         # storage has retries of its own.

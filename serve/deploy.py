@@ -10,28 +10,23 @@ the reason is the last line.
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ray import serve
-from ray._private import ray_constants
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, HTTPOptionsSchema, ServeDeploySchema
 
 from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.config import ServeConfig, validate
-from llama_ray.config.load import apply_overrides, read_yaml
+from llama_ray.config.load import apply_overrides, nearest, read_yaml
 from llama_ray.errors import UserError
-from llama_ray.local import Head, check_port_free
+from llama_ray.local import check_port_free, connect
 from llama_ray.storage import Storage
 
 TIMEOUT_SECONDS = 300
@@ -71,6 +66,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ServeDeploySchema:
                 f"override {override!r}: write args.key=value or http_options.key=value"
             )
         apply_overrides(applications[0] if section == "args" else data, [override])
+    _check_keys(path, "", data, ServeDeploySchema)
+    http = data.setdefault("http_options", {})
+    _check_keys(path, "http_options.", http, HTTPOptionsSchema)
+    http.setdefault("host", "127.0.0.1")  # Serve's own default is every interface
     validate(ServeConfig, applications[0].get("args") or {}, f"{path}: applications.0.args")
     try:
         return ServeDeploySchema.model_validate(data)
@@ -80,13 +79,24 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ServeDeploySchema:
         raise UserError(f"{path}: {key}: {problem['msg']}") from None
 
 
+def _check_keys(path: str, section: str, data: dict[str, Any], schema: type[BaseModel]) -> None:
+    """Serve's own schemas ignore keys that they do not know."""
+    for key in data:
+        if key not in schema.model_fields:
+            valid = list(schema.model_fields)
+            raise UserError(
+                f"{path}: {section}{key}: unknown key{nearest(key, valid)}; valid keys: "
+                f"{', '.join(valid)}"
+            )
+
+
 def deploy(config: ServeDeploySchema) -> str:
     """Start or update the application and wait until it runs; → its URL.
 
     Raises `UserError` with the deployment's own reason.
     """
     started = time.monotonic()
-    _connect()
+    connect(SERVE_NAMESPACE)
     host, port = config.http_options.host, config.http_options.port
     _check_port(port)
     app = config.applications[0]
@@ -105,34 +115,6 @@ def deploy(config: ServeDeploySchema) -> str:
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}{app.route_prefix or ''}"
     print(f"serving at {url.rstrip('/')}, ready after {time.monotonic() - started:.0f} s")
     return url.rstrip("/")
-
-
-def _connect() -> None:
-    """To `$RAY_ADDRESS`, else the head `llama_ray.local` started here, else whatever Ray finds."""
-    if ray.is_initialized():
-        return
-    head = Head.load(Path(".local"))
-    address = os.environ.get("RAY_ADDRESS") or (head.address if head else "auto")
-    host, _, port = address.rpartition(":")
-    try:
-        if port.isdigit() and "://" not in address:
-            # Ray itself would try for five minutes.
-            socket.create_connection((host, int(port)), timeout=5).close()
-        if host in ("127.0.0.1", "localhost"):
-            # Else Ray puts the machine's address for loopback, where this head does not listen;
-            # the documented switch, an environment variable, is read when Ray is imported.
-            ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            address=address,
-            namespace=SERVE_NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except OSError:
-        raise UserError(
-            f"RAY_ADDRESS: no Ray answers at {address!r}; "
-            "start one (python -m llama_ray.local start)"
-        ) from None
 
 
 def _check_port(port: int) -> None:

@@ -28,7 +28,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def second_head(tmp_path: Path) -> Iterator[local.Head]:
-    yield local.start(tmp_path, free_port(), free_port(), num_cpus=1)
+    yield local.start(tmp_path, free_port(), free_port(), 1, {"LLAMA_RAY_STORAGE": "file:///a"})
     local.stop(tmp_path)
 
 
@@ -36,7 +36,11 @@ def test_start_and_stop_of_a_second_head(
     ray_head: local.Head, second_head: local.Head, tmp_path: Path
 ) -> None:
     head = second_head
-    assert local.start(tmp_path) == head  # it runs already
+    ports = (int(head.address.split(":")[-1]), int(head.dashboard_url.split(":")[-1]))
+    again = local.start(tmp_path, *ports, env={"LLAMA_RAY_STORAGE": "file:///a"})
+    assert again == head  # it runs already
+    with pytest.raises(UserError, match="runs here already, otherwise than asked for"):
+        local.start(tmp_path, *ports, env={"LLAMA_RAY_STORAGE": "file:///b"})
     process = head.process()
     assert process is not None
     family = [process, *process.children(recursive=True)]

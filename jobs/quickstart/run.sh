@@ -30,7 +30,8 @@ cat <<EOF
                   -d '{"model": "quickstart", "prompt": "import os\n\ndef ", "max_tokens": 64}'
   look          dashboard      $dashboard
                 loss curve     ${LLAMA_RAY_STORAGE#file://}/runs/quickstart/loss.png
-  train longer  ray job submit --address $dashboard -- \\
-                  jobs/quickstart/pretrain.yaml name=longer train.steps=2000
-  your text     ray job submit --address $dashboard -- jobs/prepare.yaml name=mine corpus.path=/your/texts
+  train longer  .venv/bin/ray job submit --address $dashboard -- jobs/quickstart/pretrain.yaml \\
+                  name=longer train.steps=2000 parallel.cpus_per_worker=0.5
+  your text     .venv/bin/ray job submit --address $dashboard -- jobs/prepare_llama.yaml \\
+                  corpus.path=/your/texts
 EOF

@@ -14,7 +14,7 @@ from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.errors import UserError
 from llama_ray.model.llama import LLaMA
-from llama_ray.storage import Storage
+from llama_ray.storage import Storage, storage_problem
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,11 @@ def load_model(
     Raises `UserError` naming `checkpoint` or `tokenizer`.
     """
     if checkpoint.endswith(".bin"):
-        return _load_llama2c(checkpoint, tokenizer, dtype, device)
+        return _load_llama2c(checkpoint, storage, tokenizer, dtype, device)
     folder = resolve(storage, checkpoint)
     info = read_info(storage, folder)
-    pieces = Tokenizer(
-        _read(tokenizer, "tokenizer") if tokenizer else storage.read(f"{folder}/tokenizer.model")
-    )
+    own = f"{folder}/tokenizer.model"
+    pieces = Tokenizer(_read(tokenizer, storage, "tokenizer") if tokenizer else storage.read(own))
     if pieces.sha256 != info.tokenizer_sha256:
         raise UserError(
             f"tokenizer: {tokenizer or storage.url(folder) + '/tokenizer.model'} (sha256 "
@@ -60,12 +59,16 @@ def load_model(
 
 
 def _load_llama2c(
-    path: str, tokenizer: str | None, dtype: torch.dtype, device: torch.device | str
+    path: str,
+    storage: Storage,
+    tokenizer: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> LoadedModel:
     if tokenizer is None:
         raise UserError(f"tokenizer: {path} holds none; name its SentencePiece model")
-    config, weights = load_llama2c(_read(path, "checkpoint"), path)
-    pieces = Tokenizer(_read(tokenizer, "tokenizer"))
+    config, weights = load_llama2c(_read(path, storage, "checkpoint"), path)
+    pieces = Tokenizer(_read(tokenizer, storage, "tokenizer"))
     if pieces.vocab_size != config.vocab_size:
         raise UserError(
             f"tokenizer: {tokenizer} has {pieces.vocab_size:,} pieces, {path} has "
@@ -78,9 +81,16 @@ def _load_llama2c(
     return LoadedModel(model.eval(), pieces, path)
 
 
-def _read(url: str, key: str) -> bytes:
+def _read(url: str, storage: Storage, key: str) -> bytes:
+    """A user's own file. One on S3 is read from the server that `storage` names."""
+    path = url if "://" in url else str(Path(url).expanduser())
+    options = storage.options if path.startswith("s3://") else {}
     try:
-        with fsspec.open(str(Path(url).expanduser()) if "://" not in url else url, "rb") as file:
+        with fsspec.open(path, "rb", **options) as file:
             return bytes(file.read())
-    except OSError as error:
-        raise UserError(f"{key}: {url}: {error.strerror or error}") from None
+    except Exception as error:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{key}: {url} does not exist") from None
+        if (reason := storage_problem(error, url)) is None:
+            raise
+        raise UserError(f"{key}: {url}: {reason}") from error

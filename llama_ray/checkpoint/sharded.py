@@ -36,7 +36,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
         assert id(parameter) in trained, f"{name} is gathered: FSDP shows a temporary copy of it"
         moments = optimizer.state[parameter]
         if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32)
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments["exp_avg"] = torch.zeros_like(parameter)
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
         state["model"][name] = parameter.data

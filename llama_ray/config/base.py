@@ -16,5 +16,6 @@ class StrictModel(BaseModel):
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
         protected_namespaces=(),
     )

@@ -7,11 +7,13 @@ from pydantic import Field
 from llama_ray.config.base import StrictModel
 from llama_ray.config.storage import StorageConfig
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
 
 class JobConfig(StrictModel):
     kind: str
     """What the job does: `prepare` or `pretrain`."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Names what the job writes: `tokens/<name>` or `runs/<name>` under `storage.url`."""
     seed: int = Field(0, ge=0)
     """Fixes initial weights, document order and token order."""

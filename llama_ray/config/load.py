@@ -26,10 +26,12 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> JobConfig:
     Raises `UserError` naming the file, the key and the valid choices.
     """
     data = apply_overrides(read_yaml(path), overrides)
+    # `storage:` with nothing under it, all its keys commented out, means the defaults.
+    data = {key: value for key, value in data.items() if value is not None}
     kind = data.get("kind")
     if kind not in JOB_KINDS:
         raise UserError(
-            f"{path}: kind: {kind!r} is no kind of job{_nearest(str(kind), JOB_KINDS)}; "
+            f"{path}: kind: {kind!r} is no kind of job{nearest(str(kind), JOB_KINDS)}; "
             f"choose from {', '.join(JOB_KINDS)}"
         )
     return validate(JOB_KINDS[kind], data, path)
@@ -70,7 +72,9 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         *parents, last = key.split(".")
         section = data
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
         section[last] = value
@@ -99,8 +103,8 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         prefix = f"{where}: {key}: " if key else f"{where}: "
         if problem["type"] == "extra_forbidden":
             valid = list(_fields_at(model, problem["loc"][:-1]))
-            nearest = _nearest(str(problem["loc"][-1]), valid)
-            lines.append(f"{prefix}unknown key{nearest}; valid keys: {', '.join(valid)}")
+            guess = nearest(str(problem["loc"][-1]), valid)
+            lines.append(f"{prefix}unknown key{guess}; valid keys: {', '.join(valid)}")
         elif problem["type"] == "missing":
             lines.append(f"{prefix}is missing; add it")
         else:
@@ -120,6 +124,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> dict[st
     return model.model_fields
 
 
-def _nearest(key: str, valid: Iterable[str]) -> str:
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """ ", did you mean 'steps'?", or nothing where no valid key is like `key`."""
     match = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     return f", did you mean {match[0]!r}?" if match else ""

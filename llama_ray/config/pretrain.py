@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llama_ray.config.base import StrictModel
-from llama_ray.config.job_base import JobConfig
+from llama_ray.config.job_base import NAME, JobConfig
 from llama_ray.config.model import ModelConfig
 
 
 class DataConfig(StrictModel):
-    tokens: str
+    tokens: str = Field(pattern=NAME)
     """Name of a `prepare` job: its shards are at `tokens/<name>` under `storage.url`."""
     seq_len: int = Field(2048, gt=1)
     """Tokens in a training sequence."""

@@ -49,5 +49,7 @@ class ServeConfig(StrictModel):
     """Copies of the model, each with its own engine."""
     cpus_per_replica: float = Field(1.0, gt=0)
     """CPUs that Ray reserves per replica; also its compute threads, rounded up."""
+    gpus_per_replica: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves per replica; 0: it runs on the CPU."""
     max_queued_requests: int = Field(256, gt=0)
     """Requests a replica lets wait; past that it answers 429."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -51,6 +50,7 @@ from llama_ray.data.tokenize import (
 )
 from llama_ray.data.tokenizer import Tokenizer, train_tokenizer
 from llama_ray.errors import UserError, user_error_cause
+from llama_ray.local import connect
 from llama_ray.storage import Storage, storage_problem
 
 STAGES = ["read", "shuffle", "tokenizer", "tokenize", "write"]
@@ -75,8 +75,7 @@ def prepare(config: PrepareConfig) -> TokenManifest:
     given = _given_tokenizer(config)
     files = find_files(config)
     storage.delete(folder(config.name))  # what an interrupted run left
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    connect()
     try:
         with data_context():
             manifest = _Pipeline(config, storage).run(files, given)

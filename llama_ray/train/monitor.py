@@ -69,6 +69,8 @@ class Monitor:
 
     def _validation(self, event: dict[str, Any]) -> None:
         self.records.append(event)
+        # A row of its own where no step was reported just before.
+        self.row = self.row or f"{event['step']:>8,}  {'':>7}  {{valid:>7}}"
         self._flush_row(f"{event['validation_loss']:.3f}")
 
     def _checkpoint(self, event: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import pyarrow.fs
@@ -15,7 +14,9 @@ from llama_ray.checkpoint.store import CheckpointStore
 from llama_ray.config.load import differences
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
+from llama_ray.data.stream import TokenStream
 from llama_ray.errors import UserError
+from llama_ray.local import connect
 from llama_ray.storage import Storage
 from llama_ray.train.loop import train_worker
 from llama_ray.train.monitor import Monitor
@@ -40,7 +41,7 @@ def pretrain(config: PretrainConfig) -> None:
     storage = Storage(config.storage)
     storage.check_writable()
     manifest = TokenManifest.load(storage, config.data.tokens)
-    check_against_tokens(config, manifest)
+    check_against_tokens(config, storage, manifest)
     committed = CheckpointStore(storage, config.name).committed_steps()
     check_against_earlier_run(config, storage, bool(committed))
     if committed and committed[-1] >= config.train.steps:
@@ -49,7 +50,7 @@ def pretrain(config: PretrainConfig) -> None:
         return
     storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
 
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    connect()
     check_resources(config)
     events = Queue(actor_options={"num_cpus": 0})
     monitor = Monitor(config, storage, manifest)
@@ -78,7 +79,10 @@ def pretrain(config: PretrainConfig) -> None:
 
 def make_trainer(config: PretrainConfig, storage: Storage, events: Queue) -> TorchTrainer:
     parallel = config.parallel
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= parallel.world_size
+    n_gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = n_gpus >= parallel.world_size
+    if n_gpus and not use_gpu:
+        print(f"training on CPUs: {parallel.world_size} ranks, but {n_gpus:g} GPUs in the cluster")
     scaling = ScalingConfig(
         num_workers=parallel.world_size,
         use_gpu=use_gpu,
@@ -99,12 +103,23 @@ def make_trainer(config: PretrainConfig, storage: Storage, events: Queue) -> Tor
     )
 
 
-def check_against_tokens(config: PretrainConfig, manifest: TokenManifest) -> None:
+def check_against_tokens(config: PretrainConfig, storage: Storage, manifest: TokenManifest) -> None:
+    """Whatever the workers would stumble over, before they are started."""
     if manifest.vocab_size != config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size:,} is not the vocabulary of "
             f"data.tokens {config.data.tokens!r}, {manifest.vocab_size:,}; make them equal"
         )
+    manifest.tokenizer(storage)
+    stream = TokenStream(
+        storage,
+        manifest,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        weights=config.data.weights,
+    )
+    stream.validation_sequences(1)
 
 
 def check_against_earlier_run(config: PretrainConfig, storage: Storage, committed: bool) -> None:
@@ -132,6 +147,10 @@ def check_against_earlier_run(config: PretrainConfig, storage: Storage, committe
 def check_resources(config: PretrainConfig) -> None:
     """Say what Ray Train waits for: it does so silently, and without an autoscaler for ever."""
     wanted = config.parallel.world_size * config.parallel.cpus_per_worker
-    present = ray.cluster_resources().get("CPU", 0)
-    if wanted > present:
-        print(f"waiting for CPUs: the job wants {wanted:g}, the cluster has {present:g} now")
+    free = ray.available_resources().get("CPU", 0)
+    if wanted > free:
+        print(
+            f"waiting for CPUs: parallel wants {wanted:g}, {free:g} of "
+            f"{ray.cluster_resources().get('CPU', 0):g} are free (Ray Serve and other jobs hold "
+            "the rest); end one of these, or lower parallel.cpus_per_worker"
+        )

@@ -48,6 +48,8 @@ def test_overrides_reach_nested_keys_and_are_typed() -> None:
         ("storage.url=file://relative", "is not absolute"),
         ("kind=pretain", "did you mean 'pretrain'?"),
         ("name=a/b", "name: "),
+        ("data.tokens=../x", "data.tokens: "),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
     ],
 )
 def test_mistakes_are_explained(override: str, message: str) -> None:

@@ -25,6 +25,7 @@ CONFIG = str(Path(__file__).parents[2] / "serve/config.yaml")
         ("args.engine.block_size=0", r"config.yaml: applications.0.args: engine.block_size: "),
         ("args.engine.max_batch_tokens=8", "less than max_batch_size 16"),
         ("http_options.port=many", r"config.yaml: http_options.port: "),
+        ("http_options.prt=3", r"http_options.prt: unknown key, did you mean 'port'"),
         ("port=8001", "write args.key=value or http_options.key=value"),
     ],
 )
