@@ -33,6 +33,7 @@ from llama_ray.errors import UserError
 
 START_TIMEOUT_SECONDS = 90
 STOP_TIMEOUT_SECONDS = 30
+BIN_DIR = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,8 @@ def start(
     state_dir.mkdir(parents=True, exist_ok=True)
     # Ray's sockets lie below it, and the path of a socket may not exceed 107 bytes.
     temp_dir = tempfile.mkdtemp(prefix="llama_ray_", dir="/tmp")
-    log_path = state_dir / "head.log"
-    bin_dir = Path(sys.executable).parent
     command = [
-        str(bin_dir / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+        str(BIN_DIR / "ray"), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
         # Any free port: without one of its own the agent runs on, but takes no jobs.
@@ -105,19 +104,10 @@ def start(
     ]  # fmt: skip
     if num_cpus is not None:
         command.append(f"--num-cpus={num_cpus}")
-    # A job's `#!/usr/bin/env -S python3 …` must find this environment's python3.
-    environment["PATH"] = f"{bin_dir}{os.pathsep}{environment.get('PATH', '')}"
-    environment.pop("RAY_ADDRESS", None)
-    # Despite its name, what keeps a head on loopback: Ray would otherwise replace 127.0.0.1 by the
-    # machine's address and listen on every interface.
-    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Explicit, since Ray would decide by whether ~/.ray/auth_token exists, and `ray job submit`
-    # sends no token unless RAY_AUTH_MODE=token is set in its shell too.
-    environment.setdefault("RAY_AUTH_MODE", "disabled")
-    with log_path.open("wb") as log:
+    with (state_dir / "head.log").open("wb") as log:
         started = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            env=environment, start_new_session=True,
+            env=_head_environment(environment), start_new_session=True,
         )  # fmt: skip
     head = Head(
         pid=started.pid,
@@ -128,6 +118,27 @@ def start(
         storage=storage,
     )
     (state_dir / "head.json").write_text(json.dumps(asdict(head), indent=2) + "\n")
+    _wait_until_ready(head, started, state_dir)
+    return head
+
+
+def _head_environment(environment: dict[str, str]) -> dict[str, str]:
+    # A job's `#!/usr/bin/env -S python3 …` must find this environment's python3.
+    path = f"{BIN_DIR}{os.pathsep}{environment.get('PATH', '')}"
+    return {
+        # Explicit, since Ray would decide by whether ~/.ray/auth_token exists, and `ray job submit`
+        # sends no token unless RAY_AUTH_MODE=token is set in its shell too.
+        "RAY_AUTH_MODE": "disabled",
+        **{name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
+        "PATH": path,
+        # Despite its name, what keeps a head on loopback: Ray would otherwise replace 127.0.0.1 by
+        # the machine's address and listen on every interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def _wait_until_ready(head: Head, started: subprocess.Popen[bytes], state_dir: Path) -> None:
+    log_path = state_dir / "head.log"
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     # The job server answers before the node can run anything; `ray start` says when it can.
     while not (
@@ -139,7 +150,6 @@ def start(
             tail = log_path.read_text(errors="replace").strip().splitlines()[-15:]
             raise UserError("Ray did not start; its last words:\n" + "\n".join(tail))
         time.sleep(0.2)
-    return head
 
 
 def stop(state_dir: Path) -> bool:
@@ -150,8 +160,8 @@ def stop(state_dir: Path) -> bool:
     process = head.process()
     # Listed while the tree is whole: orphans would no longer be found.
     family = [process, *process.children(recursive=True)] if process else []
-    for member in family[:1]:
-        member.terminate()
+    if process:
+        process.terminate()
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_SECONDS / 3)
     for member in alive:
         member.kill()

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
@@ -43,20 +43,7 @@ class Storage:
     @property
     def options(self) -> dict[str, Any]:
         """fsspec's arguments for this storage, for libraries that open it themselves."""
-        if self.scheme != "s3":
-            return {}
-        options: dict[str, Any] = {"config_kwargs": {"retries": {"max_attempts": 2}}}
-        if self.config.endpoint_url:
-            options["endpoint_url"] = self.config.endpoint_url
-            # Servers other than AWS seldom have a DNS name per bucket, and some know nothing
-            # of the checksum trailers botocore adds unasked.
-            options["config_kwargs"] |= {
-                "s3": {"addressing_style": "path"},
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-                "connect_timeout": 10,
-            }
-        return options
+        return filesystem_options(self.scheme, self.config)
 
     def path(self, relative: str) -> str:
         """The filesystem's own path (no scheme)."""
@@ -107,12 +94,6 @@ class Storage:
     def write_json(self, relative: str, value: Any) -> None:
         self.write(relative, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
-    def open(self, relative: str, mode: str = "rb") -> IO[bytes]:
-        with explained(self.config):
-            if "w" in mode and self.scheme == "file":
-                Path(self.path(relative)).parent.mkdir(parents=True, exist_ok=True)
-            return self.fs.open(self.path(relative), mode)
-
     def list(self, relative: str) -> dict[str, int]:
         """Every file below `relative`: path from there → size in bytes. Empty where none is."""
         with explained(self.config):
@@ -150,6 +131,40 @@ class Storage:
                 raise UserError(f"storage.url: {self.config.url} does not return what was written")
         finally:
             self.delete(probe)
+
+
+def filesystem_options(scheme: str, config: StorageConfig) -> dict[str, Any]:
+    """fsspec's arguments for URLs of `scheme`, be they below `storage.url` or named elsewhere in
+    the job file: the S3 server is the same."""
+    if scheme != "s3":
+        return {}
+    options: dict[str, Any] = {"config_kwargs": {"retries": {"max_attempts": 2}}}
+    if config.endpoint_url:
+        options["endpoint_url"] = config.endpoint_url
+        # Servers other than AWS seldom have a DNS name per bucket, and some know nothing of the
+        # checksum trailers botocore adds unasked.
+        options["config_kwargs"] |= {
+            "s3": {"addressing_style": "path"},
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "connect_timeout": 10,
+        }
+    return options
+
+
+def read_file(url: str, config: StorageConfig, key: str) -> bytes:
+    """The file that a job file names under `key`, by path or URL. Raises `UserError`."""
+    scheme, separator, _ = url.partition("://")
+    path = url if separator else str(Path(url).expanduser())
+    try:
+        with fsspec.open(path, "rb", **filesystem_options(scheme, config)) as file:
+            return bytes(file.read())
+    except FileNotFoundError:
+        raise UserError(f"{key}: {url} does not exist; check the path") from None
+    except Exception as error:
+        if (reason := storage_problem(error, url)) is None:
+            raise
+        raise UserError(f"{key}: {url}: {reason}") from error
 
 
 @contextmanager

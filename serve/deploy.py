@@ -25,7 +25,7 @@ from ray.serve.schema import ApplicationStatus, HTTPOptionsSchema, ServeDeploySc
 from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.config import ServeConfig, validate
 from llama_ray.config.load import apply_overrides, nearest, read_yaml
-from llama_ray.errors import UserError
+from llama_ray.errors import UserError, user_error_cause
 from llama_ray.local import check_port_free, connect
 from llama_ray.storage import Storage
 
@@ -103,9 +103,7 @@ def deploy(config: ServeDeploySchema) -> str:
     try:
         app.args = ray.get(_pinned.remote(app.args))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
+        raise user_error_cause(error) or error from None
     print(f"deploying {app.args['checkpoint']} as {app.args['model_name']!r}")
     serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
     client = _get_global_client()

@@ -9,7 +9,7 @@ import s3fs
 
 from llama_ray.config import StorageConfig
 from llama_ray.errors import UserError
-from llama_ray.storage import Storage, explained
+from llama_ray.storage import Storage, read_file
 from tests.s3 import BUCKET, S3Server
 
 
@@ -52,13 +52,6 @@ def test_write_read_list_delete(storage: Storage) -> None:
         storage.read("a/b.txt")
 
 
-def test_streams(storage: Storage) -> None:
-    with storage.open("deep/er/file.bin", "wb") as file:
-        file.write(b"x" * 100_000)
-    with storage.open("deep/er/file.bin") as file:
-        assert len(file.read()) == 100_000
-
-
 def test_wrong_secret(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "llama")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guess")
@@ -67,12 +60,29 @@ def test_wrong_secret(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         Storage(config).check_writable()
 
 
-def test_no_such_bucket() -> None:
-    """s3fs's translation of NoSuchBucket (the test server makes buckets as they are named)."""
-    config = StorageConfig(url="s3://nowhere/x")
-    expected = r"storage\.url: s3://nowhere/x: there is no such bucket"
-    with pytest.raises(UserError, match=expected), explained(config):
-        raise FileNotFoundError("The specified bucket does not exist")
+def test_no_such_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from, for this server makes buckets as they are written to."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    config = StorageConfig(url="s3://nowhere/x", endpoint_url=s3.endpoint_url)
+    with pytest.raises(UserError, match=r"storage\.url: s3://nowhere/x: there is no such bucket"):
+        Storage(config).read("file")
+
+
+def test_a_named_file_is_read_from_the_same_server(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `storage.url` itself is local."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    remote = StorageConfig(url=f"s3://{BUCKET}/named", endpoint_url=s3.endpoint_url)
+    Storage(remote).write("model", b"pieces")
+    local = StorageConfig(url=f"file://{tmp_path}", endpoint_url=s3.endpoint_url)
+    assert read_file(f"s3://{BUCKET}/named/model", local, "tokenizer") == b"pieces"
+    with pytest.raises(UserError, match=r"tokenizer: s3://.*/none does not exist"):
+        read_file(f"s3://{BUCKET}/named/none", local, "tokenizer")
+    (tmp_path / "here").write_bytes(b"local")
+    assert read_file(str(tmp_path / "here"), local, "tokenizer") == b"local"
 
 
 def test_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import fsspec
 import torch
 
 from llama_ray.checkpoint.llama2c import load_llama2c
@@ -14,7 +12,7 @@ from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.errors import UserError
 from llama_ray.model.llama import LLaMA
-from llama_ray.storage import Storage, storage_problem
+from llama_ray.storage import Storage, read_file
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,11 @@ def load_model(
         return _load_llama2c(checkpoint, storage, tokenizer, dtype, device)
     folder = resolve(storage, checkpoint)
     info = read_info(storage, folder)
-    own = f"{folder}/tokenizer.model"
-    pieces = Tokenizer(_read(tokenizer, storage, "tokenizer") if tokenizer else storage.read(own))
+    pieces = Tokenizer(
+        read_file(tokenizer, storage.config, "tokenizer")
+        if tokenizer
+        else storage.read(f"{folder}/tokenizer.model")
+    )
     if pieces.sha256 != info.tokenizer_sha256:
         raise UserError(
             f"tokenizer: {tokenizer or storage.url(folder) + '/tokenizer.model'} (sha256 "
@@ -67,8 +68,8 @@ def _load_llama2c(
 ) -> LoadedModel:
     if tokenizer is None:
         raise UserError(f"tokenizer: {path} holds none; name its SentencePiece model")
-    config, weights = load_llama2c(_read(path, storage, "checkpoint"), path)
-    pieces = Tokenizer(_read(tokenizer, storage, "tokenizer"))
+    config, weights = load_llama2c(read_file(path, storage.config, "checkpoint"), path)
+    pieces = Tokenizer(read_file(tokenizer, storage.config, "tokenizer"))
     if pieces.vocab_size != config.vocab_size:
         raise UserError(
             f"tokenizer: {tokenizer} has {pieces.vocab_size:,} pieces, {path} has "
@@ -79,18 +80,3 @@ def _load_llama2c(
     model.to(dtype).materialize(device)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), pieces, path)
-
-
-def _read(url: str, storage: Storage, key: str) -> bytes:
-    """A user's own file. One on S3 is read from the server that `storage` names."""
-    path = url if "://" in url else str(Path(url).expanduser())
-    options = storage.options if path.startswith("s3://") else {}
-    try:
-        with fsspec.open(path, "rb", **options) as file:
-            return bytes(file.read())
-    except Exception as error:
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"{key}: {url} does not exist") from None
-        if (reason := storage_problem(error, url)) is None:
-            raise
-        raise UserError(f"{key}: {url}: {reason}") from error

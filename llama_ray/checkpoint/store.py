@@ -55,10 +55,9 @@ class CheckpointStore:
             int(m[1]) for name in self.storage.list(self.root) if (m := pattern.fullmatch(name))
         )
 
-    def begin(self, step: int) -> str:
-        """Make way for a checkpoint: drop what an interrupted run left. Returns its folder."""
+    def begin(self, step: int) -> None:
+        """Make way for a checkpoint: drop what an interrupted run left."""
         self.storage.delete(self.path(step))
-        return self.path(step)
 
     def commit(self, info: CheckpointInfo, tokenizer: bytes) -> None:
         """Everything is written: describe it, then mark it. From here on it is loaded."""

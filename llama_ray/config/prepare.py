@@ -36,8 +36,7 @@ class TokenizerConfig(StrictModel):
     vocab_size: int = Field(32_000, ge=300)
     """Pieces, the 256 bytes and 3 control pieces included."""
     sample_bytes: int = Field(20_000_000, gt=0)
-    """Text to train on, sampled from the training documents. 20 MB is plenty for a small
-    vocabulary; memory is about 50 times this."""
+    """Text to train on, sampled from the training documents; one node's memory must hold it."""
 
 
 class ShardsConfig(StrictModel):

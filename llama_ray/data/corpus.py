@@ -25,13 +25,12 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from llama_ray.config.prepare import PrepareConfig
-from llama_ray.config.storage import StorageConfig
 from llama_ray.data.formats import READERS, Document, read_text, reader_for, source_of_name
 from llama_ray.data.packages import package_files, package_text
 from llama_ray.data.progress import REPORT_SECONDS, Tally
 from llama_ray.data.tokenizer import valid_unicode
 from llama_ray.errors import UserError
-from llama_ray.storage import Storage, storage_problem
+from llama_ray.storage import filesystem_options, storage_problem
 
 PACKAGES = "installed-packages"
 BLOCK_TEXT_BYTES = 8 << 20
@@ -224,10 +223,7 @@ def _filesystem(config: PrepareConfig) -> tuple[str, dict[str, Any]]:
     scheme, separator, _ = config.corpus.path.partition("://")
     if not separator:
         return "file", {}
-    if scheme == "s3":
-        like = StorageConfig(url=config.corpus.path, endpoint_url=config.storage.endpoint_url)
-        return scheme, Storage(like).options
-    return scheme, {}
+    return scheme, filesystem_options(scheme, config.storage)
 
 
 def _absolute(path: str) -> str:

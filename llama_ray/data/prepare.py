@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import fsspec
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, Dataset
@@ -51,7 +50,7 @@ from llama_ray.data.tokenize import (
 from llama_ray.data.tokenizer import Tokenizer, train_tokenizer
 from llama_ray.errors import UserError, user_error_cause
 from llama_ray.local import connect
-from llama_ray.storage import Storage, storage_problem
+from llama_ray.storage import Storage, read_file
 
 STAGES = ["read", "shuffle", "tokenizer", "tokenize", "write"]
 # Of one document the tokenizer sees this much: a few books are no sample.
@@ -253,18 +252,8 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     path, wanted = config.tokenizer.model, config.tokenizer.vocab_size
     if path is None:
         return None
-    options = Storage(config.storage).options if path.startswith("s3://") else {}
-    try:
-        with fsspec.open(path, "rb", **options) as file:
-            tokenizer = Tokenizer(file.read(), f"tokenizer.model: {path}")
-    except FileNotFoundError:
-        raise UserError(f"tokenizer.model: {path} does not exist; check the path") from None
-    except UserError:
-        raise
-    except Exception as error:
-        if (reason := storage_problem(error, path)) is None:
-            raise
-        raise UserError(f"tokenizer.model: {path}: {reason}") from error
+    data = read_file(path, config.storage, "tokenizer.model")
+    tokenizer = Tokenizer(data, f"tokenizer.model: {path}")
     if "vocab_size" in config.tokenizer.model_fields_set and wanted != tokenizer.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size: {wanted} is given, but tokenizer.model {path} has "

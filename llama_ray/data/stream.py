@@ -113,10 +113,10 @@ class TokenStream:
         """batch_size: sequences in a step, over all ranks. weights: share of training tokens per
         source, those left out are not read; default in proportion to their tokens.
 
-        Raises `UserError` where a shard is missing or has the wrong size, or weights or sequence
-        length do not fit the sources.
+        Raises `UserError` where weights or sequence length do not fit the sources. Shards are not
+        looked at (`manifest.check` does that, once for all ranks); one that is missing is named
+        when it is read.
         """
-        manifest.check(storage)
         self.storage, self.manifest = storage, manifest
         self.seq_len, self.batch_size = seq_len, batch_size
         train = manifest.split("train")

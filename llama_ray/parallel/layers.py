@@ -32,8 +32,6 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def __init__(self, linear: nn.Module, mesh: DeviceMesh, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
         self.weight = place(linear.weight, mesh, Shard(0))
-        self.out_features, self.in_features = self.weight.shape
-        self.output_size_per_partition = self.out_features // mesh.size()
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +45,6 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def __init__(self, linear: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         self.weight = place(linear.weight, mesh, Shard(1))
-        self.out_features, self.in_features = self.weight.shape
-        self.input_size_per_partition = self.in_features // mesh.size()
-        self.input_is_parallel = True
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce_from_model_parallel_region(F.linear(x, local(self.weight)))
@@ -61,7 +56,6 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
     def __init__(self, embedding: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         self.weight = place(embedding.weight, mesh, Shard(1))
-        self.num_embeddings, self.embedding_dim = self.weight.shape
 
     def forward(self, tokens: Tensor) -> Tensor:
         return gather_from_model_parallel_region(F.embedding(tokens, local(self.weight)))
@@ -74,8 +68,7 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     def __init__(self, embedding: nn.Module, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         self.weight = place(embedding.weight, mesh, Shard(0))
-        self.num_embeddings, self.embedding_dim = self.weight.shape
-        self.num_embeddings_per_partition = self.num_embeddings // mesh.size()
+        self.num_embeddings_per_partition = self.weight.shape[0] // mesh.size()
         self.vocab_start_index = mesh.get_local_rank() * self.num_embeddings_per_partition
 
     def forward(self, tokens: Tensor) -> Tensor:

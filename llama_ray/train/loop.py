@@ -55,6 +55,18 @@ def train_worker(settings: dict[str, Any]) -> None:
         worker.checkpointer.close()
 
 
+def open_stream(config: PretrainConfig, storage: Storage, manifest: TokenManifest) -> TokenStream:
+    """The token stream that the job file describes."""
+    return TokenStream(
+        storage,
+        manifest,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        weights=config.data.weights,
+    )
+
+
 class Worker:
     """One rank: its share of the model, of the optimizer and of every batch."""
 
@@ -69,18 +81,11 @@ class Worker:
 
         storage = Storage(config.storage)
         manifest = TokenManifest.load(storage, config.data.tokens)
-        tokenizer = manifest.tokenizer(storage)
-        self.stream = TokenStream(
-            storage,
-            manifest,
-            seq_len=config.data.seq_len,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            weights=config.data.weights,
-        )
+        self.stream = open_stream(config, storage, manifest)
         self.validation = self.stream.validation_sequences(config.train.validation_sequences)
-        self.tokenizer_sha256 = tokenizer.sha256
+        self.tokenizer_sha256 = manifest.tokenizer_sha256
         self.store = CheckpointStore(storage, config.name)
+        tokenizer = manifest.tokenizer(storage)
         self.checkpointer = Checkpointer(self.store, tokenizer.model_bytes, config.checkpoint.keep)
         self.start_step = self._resume_or_initialize()
 
@@ -110,7 +115,6 @@ class Worker:
             "step": self.start_step,
             "peak_flops": peak,
             "peak_source": peak_source,
-            "device": str(self.device),
         }
         meter = Meter(self.config, peak)
         losses: list[Tensor] = []  # since the last report; on the device, not to wait for it
@@ -124,7 +128,7 @@ class Worker:
                 yield {
                     "event": "step",
                     "step": done,
-                    "loss": torch.stack(losses).mean().item(),
+                    "loss": self._mean_over_ranks(losses),
                     "grad_norm": grad_norm.item(),
                     "lr": learning_rate(step, train.steps, self.config.optimizer),
                     **meter.rates(),
@@ -143,27 +147,30 @@ class Worker:
         yield {"event": "end", "step": train.steps}
 
     def train_step(self, step: int, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on batch [B/dp, S+1]. Returns (mean loss in nats per token over the
-        global batch, gradient norm before clipping), both scalars on the device."""
+        """One optimizer step on batch [B/dp, S+1]. Returns (this rank's share of the global batch's
+        mean loss in nats per token, gradient norm before clipping), both scalars on the device."""
         config = self.config
         rate = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
-        self.model.train()
         total = torch.zeros((), device=self.device)
         for micro in batch.split(config.train.micro_batch_size):
             loss = self.model(micro[:, :-1], micro[:, 1:]) / config.tokens_per_step
             loss.backward()
             total += loss.detach()
-        dist.all_reduce(total, group=self.mesh.get_group("dp"))
         grad_norm = clip_grad_norm(self.model, config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
 
+    def _mean_over_ranks(self, shares: list[Tensor]) -> float:
+        """Mean over steps of what the data-parallel ranks' shares add up to."""
+        mean = torch.stack(shares).mean()
+        dist.all_reduce(mean, group=self.mesh.get_group("dp"))
+        return mean.item()
+
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss in nats per token over the held-out sequences, the same ones every time."""
-        self.model.eval()
         dp_rank, dp_size = self.mesh.get_local_rank("dp"), self.config.parallel.data
         size, sequences = self.config.train.micro_batch_size, self.validation
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, tokens
@@ -218,7 +225,7 @@ class Worker:
             yield step, batch
 
     def _to_device(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        return torch.from_numpy(tokens).to(self.device)
 
 
 @dataclass

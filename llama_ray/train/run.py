@@ -14,11 +14,10 @@ from llama_ray.checkpoint.store import CheckpointStore
 from llama_ray.config.load import differences
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
-from llama_ray.data.stream import TokenStream
 from llama_ray.errors import UserError
 from llama_ray.local import connect
 from llama_ray.storage import Storage
-from llama_ray.train.loop import train_worker
+from llama_ray.train.loop import open_stream, train_worker
 from llama_ray.train.monitor import Monitor
 
 # Keys that may differ between a run and its continuation: they change neither the model nor the
@@ -110,16 +109,9 @@ def check_against_tokens(config: PretrainConfig, storage: Storage, manifest: Tok
             f"model.vocab_size: {config.model.vocab_size:,} is not the vocabulary of "
             f"data.tokens {config.data.tokens!r}, {manifest.vocab_size:,}; make them equal"
         )
+    manifest.check(storage)
     manifest.tokenizer(storage)
-    stream = TokenStream(
-        storage,
-        manifest,
-        seq_len=config.data.seq_len,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        weights=config.data.weights,
-    )
-    stream.validation_sequences(1)
+    open_stream(config, storage, manifest).validation_sequences(1)
 
 
 def check_against_earlier_run(config: PretrainConfig, storage: Storage, committed: bool) -> None:
@@ -131,7 +123,13 @@ def check_against_earlier_run(config: PretrainConfig, storage: Storage, committe
             f"name: {config.name!r} has checkpoints and checkpoint.resume is 'never'; choose "
             f"another name, or delete {storage.url(f'runs/{config.name}')}"
         )
-    earlier = storage.read_json(f"runs/{config.name}/job.json")
+    try:
+        earlier = storage.read_json(f"runs/{config.name}/job.json")
+    except FileNotFoundError:
+        raise UserError(
+            f"name: {config.name!r} has checkpoints, but no job.json that says of which job; "
+            f"choose another name, or delete {storage.url(f'runs/{config.name}')}"
+        ) from None
     changed = [
         f"{key} was {before!r}, is {now!r}"
         for key, (before, now) in differences(earlier, config.model_dump()).items()
