@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         config = load_job(options.file, options.overrides)
-        describe(config)
+        describe(config, options.dry_run)
     except UserError as error:
         return _fail(error, status=2)
     if options.dry_run:
@@ -43,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def describe(config: JobConfig) -> None:
-    """Print the quantities that follow from the job file."""
+def describe(config: JobConfig, dry_run: bool) -> None:
+    """Print the quantities that follow from the job file; in a dry run also those that take a
+    while to find."""
     if isinstance(config, PretrainConfig):
         from llama_ray.train.describe import describe_pretrain
 
-        describe_pretrain(config)
+        describe_pretrain(config, dry_run)
     elif isinstance(config, PrepareConfig):
         from llama_ray.data.prepare import describe_prepare
 

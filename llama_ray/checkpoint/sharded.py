@@ -39,7 +39,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
             moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments["exp_avg"] = torch.zeros_like(parameter)
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["model"][name] = parameter.data
+        state["model"][name] = parameter
         state["exp_avg"][name] = moments["exp_avg"]
         state["exp_avg_sq"][name] = moments["exp_avg_sq"]
         state["updates"][name] = moments["step"]

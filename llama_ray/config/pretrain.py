@@ -55,6 +55,11 @@ class TrainConfig(StrictModel):
     """Sequences in one forward and backward pass on one data-parallel rank."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Matrix products compute in this type; weights and optimizer state stay float32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again rather than keeps in memory. `selective`: the
+    attention core, norms and SwiGLU product (Korthikanti et al. 2022). `full`: whole blocks."""
+    compile: bool | None = None
+    """torch.compile what lies between a block's matrix products. Default: on a GPU."""
     log_every: int = Field(10, gt=0)
     """Steps between metrics."""
     validate_every: int = Field(500, gt=0)
@@ -71,6 +76,20 @@ class ParallelConfig(StrictModel):
     """Ranks that share one copy of the model; must divide heads, FFN and vocabulary."""
     data: int = Field(1, gt=0)
     """Ranks that each take a share of the batch and of the weights and optimizer state."""
+    shard: int | None = Field(None, gt=0)
+    """Data-parallel ranks that one copy of weights, gradients and optimizer state is spread over;
+    must divide `data`. Default: `data`. Fewer: hybrid sharding, data / shard copies."""
+    sequence: bool = True
+    """Sequence parallelism within a tensor-parallel group: norms and residuals on a share of the
+    tokens each. No effect where `tensor` is 1."""
+    overlap: bool = True
+    """Collectives run under the matrix products that they feed or follow."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for its backward
+    pass; false: keep them for the whole step, which takes memory and saves communication."""
+    reduce_every_micro_batch: bool = False
+    """Reduce gradients over data-parallel ranks after each micro-batch and keep a shard of them,
+    rather than all of them until the last one: less memory, more communication."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves per rank. (Reading tokens reserves none.)"""
     threads_per_worker: int | None = Field(None, gt=0)
@@ -79,6 +98,11 @@ class ParallelConfig(StrictModel):
     @property
     def world_size(self) -> int:
         return self.tensor * self.data
+
+    @property
+    def shard_size(self) -> int:
+        """Data-parallel ranks over which one copy of the weights is spread."""
+        return self.shard or self.data
 
 
 class CheckpointConfig(StrictModel):
@@ -101,13 +125,30 @@ class PretrainConfig(JobConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> PretrainConfig:
+    def _splits_evenly(self) -> PretrainConfig:
+        parallel, data = self.parallel, self.data
         choices = self.model.tensor_parallel_choices()
-        if self.parallel.tensor not in choices:
+        if parallel.tensor not in choices:
             raise ValueError(
-                f"parallel.tensor: {self.parallel.tensor} does not divide the model's heads, KV "
+                f"parallel.tensor: {parallel.tensor} does not divide the model's heads, KV "
                 f"heads, FFN and vocabulary; choose from {', '.join(map(str, choices))}"
             )
+        if parallel.data % parallel.shard_size:
+            divisors = [n for n in range(1, parallel.data + 1) if parallel.data % n == 0]
+            raise ValueError(
+                f"parallel.shard: {parallel.shard} does not divide parallel.data {parallel.data}; "
+                f"choose from {', '.join(map(str, divisors))}"
+            )
+        if parallel.sequence and data.seq_len % parallel.tensor:
+            raise ValueError(
+                f"parallel.sequence: data.seq_len {data.seq_len} does not split over "
+                f"parallel.tensor {parallel.tensor} ranks; make it a multiple of "
+                f"{parallel.tensor}, or set parallel.sequence=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
         per_pass = self.train.micro_batch_size * self.parallel.data
         if self.train.batch_size % per_pass:
             raise ValueError(

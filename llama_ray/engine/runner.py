@@ -20,7 +20,8 @@ from torch import Tensor
 
 from llama_ray.engine.blocks import KVCache
 from llama_ray.engine.scheduler import Chunk
-from llama_ray.model.llama import LLaMA, causal_attention
+from llama_ray.model.attention import causal_attention
+from llama_ray.model.llama import LLaMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Runner:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._attend(step, layer, q, k, v)
 
-        hidden = self.model.hidden(step.tokens, step.positions, attend)[0, step.last]
+        hidden = self.model.hidden(step.tokens, step.positions, attend)[step.last]
         return self.model.output(hidden).float()
 
     def _attend(self, step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,37 +1,36 @@
 """LLaMA, top to bottom, as in section 2.2 of Touvron et al. 2023: pre-normalisation with RMSNorm,
 rotary embeddings, causal attention that stores no scores, SwiGLU, no biases.
 
-Plain PyTorch that knows nothing of parallelism: `llama_ray.parallel` replaces its linear layers,
-its embedding and its loss by parallel ones, and the code below stays as it is. It therefore reads
-the number of heads off the width of what a layer returns: under tensor parallelism that is this
-rank's share. Weights and their names have Meta's layout.
+It knows nothing of parallelism: `llama_ray.parallel` replaces its linear layers, its embedding and
+its loss by parallel ones, and the code below stays as it is. It therefore treats the tokens of a
+batch as one row of N, of which under sequence parallelism a rank has but a share wherever tokens
+do not meet, and reads the number of heads off the width of what a layer returns. Weights and their
+names have Meta's layout.
 
-Shapes: B batch, S sequence, D dim, H query heads, K key/value heads, E head_dim, V vocabulary.
+Shapes: B batch, S sequence, N = B × S tokens (or a rank's share of them), D dim, H query heads,
+K key/value heads, E head_dim, F ffn_hidden_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ray.config.model import ModelConfig
+from llama_ray.model.attention import training_attention
 from llama_ray.model.loss import linear_cross_entropy
+from llama_ray.model.projection import Linear, project
 
-# (layer index, q [B,S,H,E], k [B,S,K,E], v [B,S,K,E]) → [B,S,H,E]. Training uses
-# `causal_attention`; the engine passes one that writes to and reads from its KV cache.
+# (layer index, q [B,S,H,E], k [B,S,K,E], v [B,S,K,E]) → [B,S,H,E]. The engine passes one that
+# writes to and reads from its KV cache.
 AttentionCore = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each token attends to itself and those before it, within its sequence."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2)
+Recompute = Literal["none", "selective", "full"]
 
 
 class RMSNorm(nn.Module):
@@ -42,34 +41,93 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def local_weight(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.local_weight(), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normed.type_as(x) * weight
+    """x [N,D], weight [D] → [N,D] of x's type."""
+    if x.is_cuda:  # one kernel
+        return F.rms_norm(x, weight.shape, weight.type_as(x), eps)
+    return _RMSNorm.apply(x, weight.type_as(x), eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input, and not the float32 intermediates that autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [N,1]
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).type_as(x) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        grad_weight = (grad * normed).sum(tuple(range(x.ndim - 1))).type_as(weight)
+        grad_normed = (grad * weight).type_as(normed)
+        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(inverse)
+        return grad_x.type_as(x), grad_weight, None
 
 
 def rope_table(max_seq_len: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """cos and sin of position × θ^(-2i/E) (Su et al. 2021): [max_seq_len, E/2, 2] float32."""
+    """cos and sin of position × θ^(-2i/E) (Su et al. 2021), as `apply_rope` multiplies by them:
+    [max_seq_len,2,E] float32, of each pair (cos, cos) and (-sin, sin)."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     positions = torch.arange(max_seq_len, device=device, dtype=torch.float32)
     angles = torch.outer(positions, 1.0 / theta**exponents)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+    return torch.stack(pairs, 1)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its position's angle.
 
-    x [B,S,H,E]; rope [S,E/2,2] or [B,S,E/2,2]. Pairs are neighbours, as in Meta's weights; Hugging
+    x [B,S,H,E]; rope [S,2,E] or [B,S,2,E]. Pairs are neighbours, as in Meta's weights; Hugging
     Face pairs i with i + E/2, which its conversion makes up for by permuting rows.
     """
-    cos, sin = rope.unsqueeze(-3).unbind(-1)  # [(B,)S,1,E/2]
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).type_as(x)
+    return _Rotate.apply(x, *rope.unsqueeze(-3).unbind(-2))
+
+
+class _Rotate(torch.autograd.Function):
+    """Its own, for the gradient is rotated back by the same two products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float32: cos and sin are. [B,S,H,E] by [(B,)S,1,E]."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos).add_(swapped * sin).type_as(x)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(W1 x) · W3 x (Shazeer 2020)."""
+    return F.silu(gate) * up
+
+
+class Elementwise(NamedTuple):
+    """What lies between matrix products: to be replaced by compiled versions."""
+
+    rms_norm: Callable[..., Tensor] = rms_norm
+    apply_rope: Callable[..., Tensor] = apply_rope
+    swiglu: Callable[..., Tensor] = swiglu
 
 
 class Attention(nn.Module):
@@ -83,36 +141,44 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: AttentionCore) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = attend(self.layer, apply_rope(q, rope), apply_rope(k, rope), v)
-        return self.wo(out.flatten(-2))
+    def core(
+        self,
+        attend: AttentionCore,
+        rotate: Callable[[Tensor, Tensor], Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        """What lies between the projections: [N,H·E], [N,K·E], [N,K·E] → [N,H·E]."""
+        q, k, v = (
+            x.view(-1, rope.shape[-3], x.shape[-1] // self.head_dim, self.head_dim)
+            for x in (q, k, v)
+        )
+        out = attend(self.layer, rotate(q, rope), rotate(k, rope), v)
+        return out.flatten(-2).flatten(0, 1)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): W2 (silu(W1 x) · W3 x)."""
-
     w1: nn.Module
     w2: nn.Module
     w3: nn.Module
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        self.w1 = Linear(dim, hidden_dim)
+        self.w2 = Linear(hidden_dim, dim)
+        self.w3 = Linear(dim, hidden_dim)
 
 
 class Block(nn.Module):
-    """Normalise, attend, add; normalise, transform, add."""
+    """Normalise, attend, add; normalise, transform, add. Written as what it is, four matrix
+    products with something cheap before each: see `model.projection`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -120,10 +186,24 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config.dim, config.ffn_hidden_dim)
+        self.elementwise = Elementwise()
+        self.again = False
+        """Selective recomputation: what is cheap is computed again in the backward pass."""
 
     def forward(self, x: Tensor, rope: Tensor, attend: AttentionCore) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, attend)
-        return x + self.feed_forward(self.ffn_norm(x))
+        attention, ffn, again = self.attention, self.feed_forward, self.again
+        f = self.elementwise
+        norm = partial(f.rms_norm, eps=self.attention_norm.eps)
+
+        q, k, v = project(
+            norm, (x, self.attention_norm.local_weight()),
+            (attention.wq, attention.wk, attention.wv), again,
+        )  # fmt: skip
+        core = partial(attention.core, attend, f.apply_rope)
+        x = x + project(core, (q, k, v, rope), (attention.wo,), again)[0]
+
+        gate, up = project(norm, (x, self.ffn_norm.local_weight()), (ffn.w1, ffn.w3), again)
+        return x + project(f.swiglu, (gate, up), (ffn.w2,), again)[0]
 
 
 class LLaMA(nn.Module):
@@ -137,10 +217,15 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.token_loss = linear_cross_entropy
+        self.dtype: torch.dtype | None = None
+        """What to compute in; none: in the weights' own type."""
+        # Of `parallel.sharding`, which says there what they mean.
+        self.keep_gathered = self.reduce_every_micro_batch = False
+        self.reductions: Any = None
         self.register_buffer("rope", self._rope(self.norm.weight.device), persistent=False)
 
     def forward(
@@ -148,7 +233,7 @@ class LLaMA(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         positions: Tensor | None = None,
-        attend: AttentionCore = causal_attention,
+        attend: AttentionCore = training_attention,
     ) -> Tensor:
         """tokens [B,S] int64 → logits [B,S,V]; with targets [B,S], the *sum* of the tokens'
         cross-entropies in nats (a float32 scalar), without ever holding all the logits.
@@ -157,19 +242,21 @@ class LLaMA(nn.Module):
         """
         x = self.hidden(tokens, positions, attend)
         if targets is None:
-            return self.output(x)
-        return self.token_loss(x, self.output.weight, targets)
+            return self.output(x).view(*tokens.shape, -1)
+        return self.token_loss(x, self.output, targets.flatten())
 
     def hidden(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        attend: AttentionCore = causal_attention,
+        attend: AttentionCore = training_attention,
     ) -> Tensor:
-        """tokens [B,S] → [B,S,D], to be multiplied by the output projection. The engine stops
-        here: of a whole prompt it needs the last token's logits alone."""
+        """tokens [B,S] → [N,D], to be multiplied by the output projection. The engine stops here:
+        of a whole prompt it needs the last token's logits alone."""
         rope = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
-        x = self.tok_embeddings(tokens)
+        x = self.tok_embeddings(tokens.flatten())
+        if self.dtype is not None:
+            x = x.to(self.dtype)
         for block in self.layers:
             x = block(x, rope, attend)
         return self.norm(x)

@@ -15,74 +15,103 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
 
-from llama_ray.model.llama import Block, LLaMA
+from llama_ray.model.llama import Block, Elementwise, LLaMA, Recompute
 from llama_ray.model.loss import linear_cross_entropy
 from llama_ray.parallel.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
-    ReplicatedRMSNorm,
+    ParallelRMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    local,
 )
+from llama_ray.parallel.sharding import apply_sharding
+from llama_ray.parallel.tensor import SharedVocabulary, TensorParallel
 
 
-def parallelize(model: LLaMA, mesh: DeviceMesh, dtype: torch.dtype) -> LLaMA:
+def parallelize(
+    model: LLaMA,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    *,
+    sequence: bool = True,
+    overlap: bool = True,
+    recompute: Recompute = "none",
+    reshard_after_forward: bool = True,
+    reduce_every_micro_batch: bool = False,
+    compile: bool = False,
+) -> LLaMA:
     """Apply tensor parallelism on the mesh's "tp" axis and sharded data parallelism on "dp".
 
-    `dtype` is what matrix products compute in; weights and gradient reductions stay float32.
+    dtype: what to compute in; weights, their gradients' sums and optimizer state stay float32.
+    sequence: sequence parallelism inside tensor parallelism. overlap: collectives run under matrix
+    products. recompute: what the backward pass computes again. reshard_after_forward: free
+    gathered weights between the passes, or else keep them for the whole step.
+    reduce_every_micro_batch: keep sharded sums of gradients between micro-batches, or else whole
+    ones, reduced once. compile: compile what lies between the matrix products.
+
+    Call `begin_backward` before each backward pass and `finish_gradients` after the last one of an
+    optimizer step: only then are gradients whole.
     """
-    apply_tensor_parallel(model, mesh["tp"])
-    apply_fsdp(model, mesh["dp"], dtype)
+    model.dtype = dtype
+    if mesh["tp"].size() > 1:
+        apply_tensor_parallel(model, mesh["tp"], sequence, overlap)
+    apply_recompute(model, recompute)
+    if compile:
+        apply_compile(model)
+    apply_sharding(model, mesh, dtype, overlap, reshard_after_forward, reduce_every_micro_batch)
     return model
 
 
-def apply_tensor_parallel(model: LLaMA, mesh: DeviceMesh) -> None:
-    """Heads, FFN and vocabulary are split over the axis; the residual stream is whole on each."""
+def apply_tensor_parallel(model: LLaMA, mesh: DeviceMesh, sequence: bool, overlap: bool) -> None:
+    """Heads, FFN and vocabulary are split over the axis; so is the residual stream, by tokens, with
+    `sequence`."""
+    tp = TensorParallel(mesh.get_group(), sequence, overlap)
     for block in model.layers:
         assert isinstance(block, Block)
         attention, ffn = block.attention, block.feed_forward
-        block.attention_norm = ReplicatedRMSNorm(block.attention_norm, mesh)
-        attention.wq = ColumnParallelLinear(attention.wq, mesh)
-        attention.wk = ColumnParallelLinear(attention.wk, mesh)
-        attention.wv = ColumnParallelLinear(attention.wv, mesh)
-        attention.wo = RowParallelLinear(attention.wo, mesh)
-        block.ffn_norm = ReplicatedRMSNorm(block.ffn_norm, mesh)
-        ffn.w1 = ColumnParallelLinear(ffn.w1, mesh)
-        ffn.w3 = ColumnParallelLinear(ffn.w3, mesh)
-        ffn.w2 = RowParallelLinear(ffn.w2, mesh)
-    model.norm = ReplicatedRMSNorm(model.norm, mesh)
-    model.output = ColumnParallelLinear(model.output, mesh, gather_output=True)
+        block.attention_norm = ParallelRMSNorm(block.attention_norm, mesh, tp)
+        attention.wq = ColumnParallelLinear(attention.wq, mesh, tp)
+        attention.wk = ColumnParallelLinear(attention.wk, mesh, tp)
+        attention.wv = ColumnParallelLinear(attention.wv, mesh, tp)
+        attention.wo = RowParallelLinear(attention.wo, mesh, tp)
+        block.ffn_norm = ParallelRMSNorm(block.ffn_norm, mesh, tp)
+        ffn.w1 = ColumnParallelLinear(ffn.w1, mesh, tp)
+        ffn.w3 = ColumnParallelLinear(ffn.w3, mesh, tp)
+        ffn.w2 = RowParallelLinear(ffn.w2, mesh, tp)
+    model.norm = ParallelRMSNorm(model.norm, mesh, tp)
+    model.output = ColumnParallelLinear(model.output, mesh, tp, gather_output=True)
     if model.config.tie_embeddings:
-        model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings, mesh)
+        model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings, mesh, tp)
         model.output.weight = model.tok_embeddings.weight
     else:
-        model.tok_embeddings = ParallelEmbedding(model.tok_embeddings, mesh)
-    model.token_loss = partial(_vocab_parallel_loss, mesh)
+        model.tok_embeddings = ParallelEmbedding(model.tok_embeddings, mesh, tp)
+    model.token_loss = partial(linear_cross_entropy, vocabulary=partial(SharedVocabulary, tp))
 
 
-def _vocab_parallel_loss(
-    mesh: DeviceMesh, hidden: Tensor, weight: Tensor, targets: Tensor
-) -> Tensor:
-    return linear_cross_entropy(hidden, local(weight), targets, mesh.get_group())
-
-
-def apply_fsdp(model: LLaMA, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """FSDP2 (ZeRO-3) over the axis: each block's weights are gathered before use, in `dtype`, and
-    its gradients are *summed* in float32: the loss is already divided by the global token count."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+def apply_recompute(model: LLaMA, recompute: Recompute) -> None:
+    """What the backward pass computes again: nothing; all that is cheap (Korthikanti et al. 2022,
+    section 5); or each block from its input."""
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # gloo has no pre-multiplied sum, which FSDP would otherwise ask for.
-            module.set_force_sum_reduction_for_comms(True)
+        assert isinstance(block, Block)
+        if recompute == "selective":
+            block.again = True
+        elif recompute == "full":
+            block.forward = partial(  # type: ignore[method-assign]
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+
+def apply_compile(model: LLaMA) -> None:
+    """Compile each block where that helps: between its matrix products, which are library calls
+    and communication. All blocks share the compiled functions."""
+    compiled = Elementwise(*(torch.compile(function) for function in Elementwise()))
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.elementwise = compiled
 
 
 @torch.no_grad()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.format import count, print_table, si
+from llama_ray.train.dry_run import RankMemory, rank_memory
 
 
-def describe_pretrain(config: PretrainConfig) -> None:
-    """Print what follows from the job file. Reads nothing but the config."""
+def describe_pretrain(config: PretrainConfig, dry_run: bool) -> None:
+    """Print what follows from the job file. Reads nothing but the config; a dry run builds the
+    training step to find the memory that it takes (see `train.dry_run`)."""
     model, train, parallel = config.model, config.train, config.parallel
     n, tokens = model.n_params, train.steps * config.tokens_per_step
     flops = model.flops_per_token(config.data.seq_len)
+    ranks = f"{parallel.world_size:,} = tensor {parallel.tensor} × data {parallel.data}"
+    if (copies := parallel.data // parallel.shard_size) > 1:
+        ranks += f"; {copies} copies of the model, each sharded over {parallel.shard_size}"
     print_table(
         f"pretrain {config.name}",
         [
@@ -19,7 +24,7 @@ def describe_pretrain(config: PretrainConfig) -> None:
                 f"{count(n)} parameters ({n:,}): {model.n_layers} layers, dim {model.dim}, "
                 f"{model.n_heads} heads, ffn {model.ffn_hidden_dim}, vocab {model.vocab_size:,}",
             ),
-            ("ranks", f"{parallel.world_size} = tensor {parallel.tensor} × data {parallel.data}"),
+            ("ranks", ranks),
             (
                 "step",
                 f"{config.tokens_per_step:,} tokens = {train.batch_size} sequences × "
@@ -30,13 +35,41 @@ def describe_pretrain(config: PretrainConfig) -> None:
                 "training",
                 f"{train.steps:,} steps = {count(tokens)} tokens = {si(tokens * flops)}FLOPs",
             ),
-            (
-                "memory",
-                f"{si(16 * n / parallel.world_size, 'B')} per rank for weights, gradients and "
-                "optimizer (16 bytes a parameter), activations besides",
-            ),
+            *(memory_rows(config, rank_memory(config)) if dry_run else []),
             ("checkpoint", f"{si(12 * n, 'B')} every {config.checkpoint.every:,} steps"),
             ("tokens", f"{config.storage.url}/tokens/{config.data.tokens}"),
             ("writes to", f"{config.storage.url}/runs/{config.name}"),
         ],
     )
+
+
+def memory_rows(config: PretrainConfig, memory: RankMemory) -> list[tuple[str, str]]:
+    """The peak, and what there is in the course of the step: not all of it at that time."""
+    train, parallel = config.train, config.parallel
+    unreduced = config.grad_accum_steps > 1 and not parallel.reduce_every_micro_batch
+    unreduced = unreduced and parallel.data > 1
+    one_block = parallel.data > 1 and parallel.reshard_after_forward
+    rows = [
+        ("parameters", memory.parameters, "float32"),
+        (
+            "gradients",
+            memory.gradients,
+            "float32" + (", not reduced between micro-batches" if unreduced else ""),
+        ),
+        ("optimizer", memory.optimizer, "float32, two moments"),
+        (
+            "copies",
+            memory.copies,
+            f"{train.dtype}, of {'one block and the outer layers' if one_block else 'all weights'}",
+        ),
+        (
+            "activations",
+            memory.activations,
+            f"of {train.micro_batch_size} × {config.data.seq_len} tokens, with "
+            f"train.recompute={train.recompute}",
+        ),
+    ]
+    peak = f"{si(memory.peak, 'B')} a rank at the step's peak, temporary tensors included"
+    return [("memory", peak)] + [
+        (f"  {name}", f"{si(size, 'B'):>7}  {what}") for name, size, what in rows if size
+    ]

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+)
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from llama_ray.checkpoint.sharded import Checkpointer, load_sharded, training_state
 from llama_ray.checkpoint.store import CheckpointInfo, CheckpointStore, read_info
@@ -27,8 +31,16 @@ from llama_ray.data.shards import TokenManifest
 from llama_ray.data.stream import TokenStream
 from llama_ray.errors import UserError
 from llama_ray.model.llama import LLaMA
-from llama_ray.parallel import init_mesh, initialize, parallelize
+from llama_ray.parallel import (
+    begin_backward,
+    finish_gradients,
+    init_mesh,
+    initialize,
+    parallelize,
+    reshard,
+)
 from llama_ray.storage import Storage
+from llama_ray.train.allocator import keep_freed_memory
 from llama_ray.train.flops import peak_flops
 from llama_ray.train.optimizer import (
     build_optimizer,
@@ -45,6 +57,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         cpus = config.parallel.cpus_per_worker
         torch.set_num_threads(config.parallel.threads_per_worker or math.ceil(cpus))
+        keep_freed_memory()
     worker = Worker(config, device)
     # Rank 0 tells the driver; it alone prints and plots.
     report = settings["events"].put if dist.get_rank() == 0 else lambda event: None
@@ -72,11 +85,24 @@ class Worker:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.mesh = init_mesh(config.parallel.tensor, config.parallel.data, device.type)
+        self.mesh = init_mesh(
+            config.parallel.tensor, config.parallel.data, device.type, config.parallel.shard
+        )
+        self._check_one_node()
         self.dtype = getattr(torch, config.train.dtype)
         with torch.device("meta"):
             model = LLaMA(config.model)
-        self.model = parallelize(model, self.mesh, self.dtype).materialize(device)
+        self.model = parallelize(
+            model,
+            self.mesh,
+            self.dtype,
+            sequence=config.parallel.sequence,
+            overlap=config.parallel.overlap,
+            recompute=config.train.recompute,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            reduce_every_micro_batch=config.parallel.reduce_every_micro_batch,
+            compile=device.type == "cuda" if config.train.compile is None else config.train.compile,
+        ).materialize(device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
         storage = Storage(config.storage)
@@ -88,6 +114,18 @@ class Worker:
         tokenizer = manifest.tokenizer(storage)
         self.checkpointer = Checkpointer(self.store, tokenizer.model_bytes, config.checkpoint.keep)
         self.start_step = self._resume_or_initialize()
+
+    def _check_one_node(self) -> None:
+        """Ray fills a node before the next, but a node may hold a broken number of groups."""
+        group, node = self.mesh.get_group("tp"), ray.get_runtime_context().get_node_id()
+        nodes: list[str] = [""] * dist.get_world_size(group)
+        dist.all_gather_object(nodes, node, group)
+        if len(set(nodes)) > 1:
+            raise UserError(
+                f"parallel.tensor: a group of {len(nodes)} ranks was placed on "
+                f"{len(set(nodes))} nodes, whose links are too slow for it; choose a number of "
+                "ranks that divides those of a node"
+            )
 
     def _resume_or_initialize(self) -> int:
         committed = self.store.committed_steps()
@@ -153,10 +191,13 @@ class Worker:
         rate = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
-        for micro in batch.split(config.train.micro_batch_size):
+        micro_batches = batch.split(config.train.micro_batch_size)
+        for i, micro in enumerate(micro_batches, start=1):
             loss = self.model(micro[:, :-1], micro[:, 1:]) / config.tokens_per_step
+            begin_backward(self.model, last=i == len(micro_batches))
             loss.backward()
             total += loss.detach()
+        finish_gradients(self.model)
         grad_norm = clip_grad_norm(self.model, config.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -165,13 +206,13 @@ class Worker:
     def _mean_over_ranks(self, shares: list[Tensor]) -> float:
         """Mean over steps of what the data-parallel ranks' shares add up to."""
         mean = torch.stack(shares).mean()
-        dist.all_reduce(mean, group=self.mesh.get_group("dp"))
+        dist.all_reduce(mean, group=get_data_parallel_group())
         return mean.item()
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss in nats per token over the held-out sequences, the same ones every time."""
-        dp_rank, dp_size = self.mesh.get_local_rank("dp"), self.config.parallel.data
+        dp_rank, dp_size = get_data_parallel_rank(), self.config.parallel.data
         size, sequences = self.config.train.micro_batch_size, self.validation
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, tokens
         # Every rank makes the same number of passes, for each gathers weights from the others; one
@@ -182,10 +223,8 @@ class Worker:
             nats = self.model(batch[:, :-1], batch[:, 1:])
             if len(mine):
                 sums += torch.stack((nats.double(), sums.new_tensor(batch[:, 1:].numel())))
-        # FSDP leaves the root's weights gathered (and in `dtype`) for a backward pass to come.
-        assert isinstance(self.model, FSDPModule)
-        self.model.reshard()
-        dist.all_reduce(sums, group=self.mesh.get_group("dp"))
+        reshard(self.model)
+        dist.all_reduce(sums, group=get_data_parallel_group())
         return (sums[0] / sums[1]).item()
 
     def save(self, step: int) -> float:
@@ -213,7 +252,7 @@ class Worker:
                 yield step, received
             return
         for step, tokens in self.stream.rank_batches(
-            self.mesh.get_local_rank("dp"),
+            get_data_parallel_rank(),
             self.config.parallel.data,
             self.start_step,
             self.config.train.steps,

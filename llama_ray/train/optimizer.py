@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +22,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    optimizer.register_step_post_hook(partial(_note_update, [_local(p) for p in parameters]))
+    return optimizer
+
+
+def _note_update(parameters: list[torch.Tensor], *_: Any) -> None:
+    """The fused AdamW (torch 2.13) changes parameters without telling their version counters, by
+    which `model.projection.Weight` knows that its copy of a weight is out of date."""
+    torch.autograd.graph.increment_version(parameters)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -38,7 +49,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale gradients to a global L2 norm of at most `max_norm`; returns the norm before, the same
-    on every rank and in every layout."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """Scale gradients to a global L2 norm of at most `max_norm`; returns the norm before, a scalar
+    on the device, the same on every rank and in every layout."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    parts = [_local(grad) for grad in grads]
+    # What several ranks hold alike counts once in the sum over all ranks.
+    copies = torch.tensor([_copies(grad) for grad in grads], device=parts[0].device)
+    total = (torch.stack(torch._foreach_norm(parts)).square() / copies).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor: torch.Tensor) -> int:
+    """On how many ranks each element is."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size() if dist.is_initialized() else 1
+    mesh = tensor.device_mesh
+    others = dist.get_world_size() // mesh.size()  # the mesh of a tensor may lack an axis
+    shape = zip(mesh.shape, tensor.placements, strict=True)
+    return others * math.prod(size for size, placement in shape if placement.is_replicate())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 
 import pyarrow.fs
 import ray
@@ -29,6 +30,8 @@ FREE_KEYS = {
     "data.window_steps",
     "data.prefetch_windows",
     "train.micro_batch_size",
+    "train.recompute",
+    "train.compile",
     "train.log_every",
     "train.validate_every",
     "train.validation_sequences",
@@ -50,10 +53,13 @@ def pretrain(config: PretrainConfig) -> None:
     storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
 
     connect()
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.parallel.world_size
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_group_fits_a_node(config, nodes, use_gpu)
     check_resources(config)
     events = Queue(actor_options={"num_cpus": 0})
     monitor = Monitor(config, storage, manifest)
-    trainer = make_trainer(config, storage, events)
+    trainer = make_trainer(config, storage, events, use_gpu)
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -76,11 +82,11 @@ def pretrain(config: PretrainConfig) -> None:
         raise failure[0]
 
 
-def make_trainer(config: PretrainConfig, storage: Storage, events: Queue) -> TorchTrainer:
+def make_trainer(
+    config: PretrainConfig, storage: Storage, events: Queue, use_gpu: bool
+) -> TorchTrainer:
     parallel = config.parallel
-    n_gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = n_gpus >= parallel.world_size
-    if n_gpus and not use_gpu:
+    if not use_gpu and (n_gpus := ray.cluster_resources().get("GPU", 0)):
         print(f"training on CPUs: {parallel.world_size} ranks, but {n_gpus:g} GPUs in the cluster")
     scaling = ScalingConfig(
         num_workers=parallel.world_size,
@@ -140,6 +146,27 @@ def check_against_earlier_run(config: PretrainConfig, storage: Storage, committe
             f"name: {config.name!r} has checkpoints of another job ({'; '.join(changed)}); choose "
             f"another name, or delete {storage.url(f'runs/{config.name}')}"
         )
+
+
+def check_group_fits_a_node(
+    config: PretrainConfig, nodes: Sequence[Mapping[str, float]], use_gpu: bool
+) -> None:
+    """A tensor-parallel group exchanges every layer's activations, too much for any link between
+    nodes. nodes: each one's resources."""
+    parallel = config.parallel
+    kind, per_rank = ("GPU", 1.0) if use_gpu else ("CPU", parallel.cpus_per_worker)
+    largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+    # A rank that alone fits no node, or a cluster that has yet to grow, is not ours to judge.
+    if parallel.tensor == 1 or largest == 0 or parallel.tensor * per_rank <= largest:
+        return
+    fitting = [n for n in config.model.tensor_parallel_choices() if n * per_rank <= largest]
+    remedies = [f"choose from {', '.join(map(str, fitting))}"] if fitting else []
+    remedies += [] if use_gpu else ["lower parallel.cpus_per_worker"]
+    wanted = "" if use_gpu else f" × parallel.cpus_per_worker {per_rank:g}"
+    raise UserError(
+        f"parallel.tensor: a group of {parallel.tensor} ranks{wanted} must fit on one node, and "
+        f"the largest has {largest:g} {kind}s; {', or '.join(remedies)}"
+    )
 
 
 def check_resources(config: PretrainConfig) -> None:

@@ -17,7 +17,13 @@ from llama_ray.config.pretrain import OptimizerConfig
 from llama_ray.data.tokenizer import Tokenizer, train_tokenizer
 from llama_ray.errors import UserError
 from llama_ray.model import LLaMA
-from llama_ray.parallel import init_mesh, initialize, parallelize
+from llama_ray.parallel import (
+    begin_backward,
+    finish_gradients,
+    init_mesh,
+    initialize,
+    parallelize,
+)
 from llama_ray.storage import Storage
 from llama_ray.train.optimizer import build_optimizer
 from tests.distributed import run_distributed
@@ -56,8 +62,11 @@ def parallel_model(tensor: int, data: int) -> tuple[LLaMA, torch.optim.AdamW]:
 
 
 def step_once(model: LLaMA, optimizer: torch.optim.Optimizer) -> None:
-    tokens = torch.arange(64).view(2, 32) % VOCAB
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    tokens = torch.arange(66).view(2, 33) % VOCAB
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    begin_backward(model, last=True)
+    loss.backward()
+    finish_gradients(model)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -41,6 +41,9 @@ def test_overrides_reach_nested_keys_and_are_typed() -> None:
         ("name.x=1", "'name' is a value, not a section"),
         ("model.preset=8B", "preset '8B' is not one of debug, 5M, 134M, 7B, 13B, 33B, 65B"),
         ("parallel.tensor=3", "choose from 1, 2, 4"),
+        ("parallel.shard=2", "parallel.shard: 2 does not divide parallel.data 1; choose from 1"),
+        ("parallel.shard=0", "parallel.shard: Input should be greater than 0"),
+        ("train.recompute=all", "train.recompute: Input should be 'none', 'selective' or 'full'"),
         ("train.batch_size=31", "train.micro_batch_size × parallel.data = 16"),
         ("data.seq_len=4096", "exceeds model.max_seq_len"),
         ("storage.url=ftp://x", "scheme 'ftp' is not one of file, s3, gs"),
@@ -74,6 +77,23 @@ def test_tensor_parallel_33b_at_8_is_refused() -> None:
     """52 heads do not split into 8 (DESIGN.md, decision 1)."""
     with pytest.raises(UserError, match=r"8 does not divide .* choose from 1, 2, 4"):
         load_job(str(JOBS / "pretrain_7b.yaml"), ["model.preset=33B", "parallel.tensor=8"])
+
+
+def test_shard_must_divide_data() -> None:
+    overrides = ["parallel.data=8", "train.micro_batch_size=2"]
+    with pytest.raises(UserError, match=r"parallel\.shard: 3 does not .* choose from 1, 2, 4, 8"):
+        load_job(PRETRAIN, [*overrides, "parallel.shard=3"])
+    job = load_job(PRETRAIN, [*overrides, "parallel.shard=4"])
+    assert isinstance(job, PretrainConfig)
+    assert job.parallel.shard_size == 4
+
+
+def test_sequence_parallelism_splits_tokens() -> None:
+    overrides = ["train.micro_batch_size=1", "data.seq_len=127"]
+    with pytest.raises(UserError, match=r"127 does not split over parallel\.tensor 2 ranks"):
+        load_job(PRETRAIN, overrides)
+    load_job(PRETRAIN, [*overrides, "parallel.sequence=false"])
+    load_job(PRETRAIN, [*overrides, "parallel.tensor=1"])
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,27 @@ import torch.nn.functional as F
 
 from llama_ray.model import loss as loss_module
 from llama_ray.model.loss import linear_cross_entropy
+from llama_ray.model.projection import Linear
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_value_and_gradients_for_any_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     torch.manual_seed(0)
-    hidden = torch.randn(3, 40, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(50, (3, 40))
-    want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
-    want_gradients = torch.autograd.grad(want * 0.3, (hidden, weight))
-    got = linear_cross_entropy(hidden, weight, targets)
-    gradients = torch.autograd.grad(got * 0.3, (hidden, weight))
+    hidden = torch.randn(120, 16, dtype=torch.float64, requires_grad=True)
+    output = Linear(16, 50).double()
+    targets = torch.randint(50, (120,))
+    want = F.cross_entropy(hidden @ output.weight.T, targets, reduction="sum")
+    want_gradients = torch.autograd.grad(want * 0.3, (hidden, output.weight))
+    got = linear_cross_entropy(hidden, output, targets)
+    gradients = torch.autograd.grad(got * 0.3, (hidden, output.weight))
     assert torch.allclose(got.double(), want, rtol=1e-6)
     for got_gradient, want_gradient in zip(gradients, want_gradients, strict=True):
         assert torch.allclose(got_gradient, want_gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:
-    hidden, weight = torch.full((1, 2, 4), 100.0), torch.eye(8, 4) * 100
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([[0, 7]]))
+    hidden, output = torch.full((2, 4), 100.0), Linear(4, 8)
+    output.weight.data.copy_(torch.eye(8, 4) * 100)
+    loss = linear_cross_entropy(hidden, output, torch.tensor([0, 7]))
     assert loss.item() == pytest.approx(2 * torch.tensor(4.0).log().item() + 10_000)
