@@ -21,6 +21,7 @@ from torch import Tensor
 from llama_ray.model.projection import Weight
 
 CHUNK_TOKENS = 1024
+SLICE_TOKENS = 64
 
 
 class Vocabulary(Protocol):
@@ -95,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
     ) -> Tensor:
         # Summed over chunks in float32: bfloat16 would lose the small terms.
-        grad_weight = torch.zeros_like(operand, dtype=torch.float32) if needs_grad else None
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for tokens, states in vocabulary.chunks():
             grads = []
@@ -104,9 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ):
                 loss, grad_logits = _chunk(part, operand, target, vocabulary)
                 total += loss
-                if grad_weight is not None:
+                if needs_grad:
                     grads.append(grad_logits @ operand)
-                    grad_weight += grad_logits.T @ part
+                    grad = grad_logits.T @ part
+                    grad_weight = grad.float() if grad_weight is None else grad_weight.add_(grad)
             if needs_grad:
                 vocabulary.send_back(torch.cat(grads))
         if grad_weight is not None:
@@ -116,28 +118,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = grad_hidden * grad.type_as(grad_hidden)
-        return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        # In place, for the latter is large; a second backward pass is refused.
+        grad_hidden, grad_weight = (x.mul_(grad) for x in ctx.saved_tensors)
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None
 
 
 def _chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """hidden [T,D], weight [V,D], targets [T] → (sum of their losses, its gradient for the rank's
-    logits [T,V])."""
+    logits [T,V], in the logits' own memory)."""
     logits = hidden @ weight.T
     index = targets - vocabulary.first
     mine = (index >= 0) & (index < len(weight))
     index = index.where(mine, 0).unsqueeze(1)
+    # In float32, which is twice the logits: a few rows at a time, that a processor's cache holds.
+    slices = logits.split(SLICE_TOKENS if logits.device.type == "cpu" else len(logits))
 
-    local_peak = logits.amax(1, keepdim=True).float()
+    local_peak = torch.cat([rows.amax(1) for rows in slices]).float()
+    peaks = local_peak.unsqueeze(1).split([len(rows) for rows in slices])
+    sums = torch.cat([_exp(rows, peak).sum(1) for rows, peak in zip(slices, peaks, strict=True)])
     picked = logits.gather(1, index).squeeze(1).float() * mine
-    probabilities = (logits - local_peak).exp_()  # float32, being of both types
-    local = torch.stack((local_peak.squeeze(1), probabilities.sum(1), picked))
-    peak, denominator, picked = vocabulary.combine(local).unbind()
-    loss = (denominator.log() + peak - picked).sum()
+    peak, denominator, picked = vocabulary.combine(torch.stack((local_peak, sums, picked))).unbind()
+    shift = peak + denominator.log()
 
-    probabilities *= ((local[0] - peak).exp() / denominator).unsqueeze(1)
-    probabilities.scatter_add_(1, index, -mine.type_as(probabilities).unsqueeze(1))
-    return loss, probabilities.type_as(weight)
+    shifts = shift.unsqueeze(1).split([len(rows) for rows in slices])
+    for rows, row_shift in zip(slices, shifts, strict=True):
+        rows.copy_(_exp(rows, row_shift))
+    logits.scatter_add_(1, index, -mine.type_as(logits).unsqueeze(1))
+    return (shift - picked).sum(), logits
+
+
+def _exp(logits: Tensor, shift: Tensor) -> Tensor:
+    """exp(logits - shift), in float32: shift [T,1] is."""
+    return (logits - shift).exp_()
