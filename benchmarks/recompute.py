@@ -20,6 +20,7 @@ projection (float32) and of its input.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,16 +39,14 @@ from benchmarks.common import (
     run_ranks,
     slowest,
 )
-from benchmarks.train_step import CONFIG, SEQ_LEN, SEQUENCES, TOKENS
-from llama_ray.config.pretrain import OptimizerConfig
+from benchmarks.train_step import CONFIG, SEQ_LEN, SEQUENCES, step_of
 from llama_ray.model import LLaMA
 from llama_ray.model.attention import training_attention
 from llama_ray.model.llama import AttentionCore, Block, Recompute
-from llama_ray.parallel import begin_backward, finish_gradients, init_mesh, initialize, parallelize
+from llama_ray.parallel import init_mesh, initialize, parallelize
 from llama_ray.parallel.parallelize import apply_recompute
-from llama_ray.train.allocator import keep_freed_memory
+from llama_ray.train.allocator import KEEP_FREED_MEMORY
 from llama_ray.train.dry_run import measure_step
-from llama_ray.train.optimizer import build_optimizer, clip_grad_norm
 
 TP = 2
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -86,24 +85,16 @@ def set_recompute(model: LLaMA, mode: Recompute) -> None:
 
 
 def stepper(model: LLaMA, mode: Recompute) -> Callable[[], None]:
-    optimizer = build_optimizer(model, OptimizerConfig())
-    tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, SEQ_LEN + 1))
+    take = step_of(model)
 
     def step() -> None:
         set_recompute(model, mode)
-        loss = model(tokens[:, :-1], tokens[:, 1:]) / TOKENS
-        begin_backward(model, last=True)
-        loss.backward()
-        finish_gradients(model)
-        clip_grad_norm(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        take()
 
     return step
 
 
 def measure(rank: int, repeats: int) -> dict[str, Any]:
-    keep_freed_memory()
     mesh = init_mesh(TP, 1, "cpu")
     functions, activations = {}, {}
     for sequence in (False, True):
@@ -129,6 +120,7 @@ def kept_bytes(model: LLaMA, mode: Recompute, attend: AttentionCore) -> int:
 
 def main() -> None:
     args = parse_args(__doc__)
+    os.environ.update(KEEP_FREED_MEMORY)  # for the ranks' processes
     ranks = run_ranks(measure, TP, 1, 2 if args.quick else 9)
     activations: dict[Variant, int] = ranks[0]["activations"]
     step = medians(slowest([rank["seconds"] for rank in ranks]))

@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from llama_ray.train.allocator import keep_freed_memory
+from llama_ray.train.allocator import KEEP_FREED_MEMORY
 
 # Called once in the process; returns what takes a step.
 Build = Callable[[], Callable[[], None]]
@@ -30,8 +33,10 @@ class Stepper:
         for rank in range(ranks):
             ours, theirs = mp.Pipe()
             group = (rank, ranks, port) if ranks > 1 else None
-            arguments = (theirs, build, threads, group, keep_freed)
-            mp.get_context("spawn").Process(target=_serve, args=arguments, daemon=True).start()
+            arguments = (theirs, build, threads, group)
+            process = mp.get_context("spawn").Process(target=_serve, args=arguments, daemon=True)
+            with mock.patch.dict(os.environ, KEEP_FREED_MEMORY if keep_freed else {}):
+                process.start()
             self.connections.append(ours)
         self._wait()
 
@@ -52,17 +57,18 @@ class Stepper:
         return [connection.recv() for connection in self.connections]
 
 
-def _serve(
-    connection: Connection,
-    build: Build,
-    threads: int,
-    group: tuple[int, int, int] | None,
-    keep_freed: bool,
+def _serve(*arguments: Any) -> None:
+    # In a thread, as Ray Train runs the training function: heaps of threads are not the main one's.
+    thread = threading.Thread(target=_take_steps, args=arguments)
+    thread.start()
+    thread.join()
+
+
+def _take_steps(
+    connection: Connection, build: Build, threads: int, group: tuple[int, int, int] | None
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if keep_freed:
-        keep_freed_memory()
     if group is not None:
         rank, ranks, port = group
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

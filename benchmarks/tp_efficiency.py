@@ -14,11 +14,9 @@ import torch
 
 from benchmarks.common import Ratio, interleaved, medians, parse_args, print_table, report
 from benchmarks.stepper import Stepper
-from benchmarks.train_step import CONFIG, SEQ_LEN, SEQUENCES, TOKENS, our_step
-from llama_ray.config.pretrain import OptimizerConfig
+from benchmarks.train_step import CONFIG, TOKENS, our_step, step_of
 from llama_ray.model import LLaMA
-from llama_ray.parallel import begin_backward, finish_gradients, init_mesh, initialize, parallelize
-from llama_ray.train.optimizer import build_optimizer, clip_grad_norm
+from llama_ray.parallel import init_mesh, initialize, parallelize
 
 
 def parallel_step(sequence: bool, overlap: bool) -> Callable[[], None]:
@@ -27,19 +25,7 @@ def parallel_step(sequence: bool, overlap: bool) -> Callable[[], None]:
         model = LLaMA(CONFIG)
     parallelize(model, mesh, torch.bfloat16, sequence=sequence, overlap=overlap)
     initialize(model.materialize("cpu"), seed=0)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, SEQ_LEN + 1))
-
-    def step() -> None:
-        loss = model(tokens[:, :-1], tokens[:, 1:]) / TOKENS
-        begin_backward(model, last=True)
-        loss.backward()
-        finish_gradients(model)
-        clip_grad_norm(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return step_of(model)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from llama_ray.config.model import ModelConfig
 from llama_ray.config.pretrain import OptimizerConfig
 from llama_ray.model import LLaMA
 from llama_ray.model.attention import causal_attention, training_attention
-from llama_ray.train.allocator import keep_freed_memory
+from llama_ray.parallel import begin_backward, finish_gradients
 from llama_ray.train.flops import measured_matmul_flops
 from llama_ray.train.optimizer import build_optimizer, clip_grad_norm
 
@@ -38,11 +38,19 @@ def our_step() -> Callable[[], None]:
     """What `parallelize` makes of the model on one rank: a type to compute in."""
     model = LLaMA(CONFIG)
     model.dtype = torch.bfloat16
+    return step_of(model)
+
+
+def step_of(model: LLaMA) -> Callable[[], None]:
+    """An optimizer step of our model, however parallel."""
     optimizer = build_optimizer(model, OptimizerConfig())
     tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, SEQ_LEN + 1))
 
     def step() -> None:
-        (model(tokens[:, :-1], tokens[:, 1:]) / TOKENS).backward()
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / TOKENS
+        begin_backward(model, last=True)
+        loss.backward()
+        finish_gradients(model)
         clip_grad_norm(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -106,7 +114,6 @@ def grouped_seconds() -> dict[str, float]:
 
 def main() -> None:
     args = parse_args(__doc__)
-    keep_freed_memory()
     matmul = measured_matmul_flops(torch.device("cpu"), torch.bfloat16)
     threads = torch.get_num_threads()
     steppers = {

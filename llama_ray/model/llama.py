@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N,D], weight [D] → [N,D] of x's type."""
     if x.is_cuda:  # one kernel
         return F.rms_norm(x, weight.shape, weight.type_as(x), eps)
-    return _RMSNorm.apply(x, weight.type_as(x), eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,14 +64,14 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [N,1]
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).type_as(x) * weight
+        return (x * inverse).type_as(x) * weight.type_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         normed = x * inverse
         grad_weight = (grad * normed).sum(tuple(range(x.ndim - 1))).type_as(weight)
-        grad_normed = (grad * weight).type_as(normed)
+        grad_normed = (grad * weight.type_as(grad)).type_as(normed)
         along = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / x.shape[-1]
         grad_x = grad_normed.addcmul_(normed, along, value=-1).mul_(inverse)
         return grad_x.type_as(x), grad_weight, None

@@ -138,14 +138,16 @@ def _chunk(
     local_peak = torch.cat([rows.amax(1) for rows in slices]).float()
     peaks = local_peak.unsqueeze(1).split([len(rows) for rows in slices])
     sums = torch.cat([_exp(rows, peak).sum(1) for rows, peak in zip(slices, peaks, strict=True)])
-    picked = logits.gather(1, index).squeeze(1).float() * mine
-    peak, denominator, picked = vocabulary.combine(torch.stack((local_peak, sums, picked))).unbind()
+    target = logits.gather(1, index).squeeze(1).float() * mine
+    peak, denominator, picked = vocabulary.combine(torch.stack((local_peak, sums, target))).unbind()
     shift = peak + denominator.log()
 
     shifts = shift.unsqueeze(1).split([len(rows) for rows in slices])
     for rows, row_shift in zip(slices, shifts, strict=True):
         rows.copy_(_exp(rows, row_shift))
-    logits.scatter_add_(1, index, -mine.type_as(logits).unsqueeze(1))
+    # p - 1, before it is rounded: rounded first, a p near 1 would leave nothing.
+    of_target = torch.where(mine, torch.expm1(target - shift), logits.gather(1, index).squeeze(1))
+    logits.scatter_(1, index, of_target.type_as(logits).unsqueeze(1))
     return (shift - picked).sum(), logits
 
 

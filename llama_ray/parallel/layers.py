@@ -61,13 +61,21 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear, _Sharded):
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
     """Meta's layout: each rank holds a slice of every token's vector. tokens [N] → [n,D]."""
 
-    def __init__(self, embedding: nn.Module, mesh: DeviceMesh, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        embedding: nn.Module,
+        mesh: DeviceMesh,
+        tp: TensorParallel,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: of what is sent and returned; the weights' own by default."""
         nn.Module.__init__(self)
         self.weight = place(embedding.weight, mesh, Shard(1))
-        self.tp = tp
+        self.tp, self.dtype = tp, dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
         slices = F.embedding(tokens, local(self.weight))
+        slices = slices.to(self.dtype or slices.dtype)
         if self.tp.sequence:
             return _SlicesToTokens.apply(slices, self.tp)
         return gather_from_model_parallel_region(slices)

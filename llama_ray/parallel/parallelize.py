@@ -88,7 +88,7 @@ def apply_tensor_parallel(model: LLaMA, mesh: DeviceMesh, sequence: bool, overla
         model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings, mesh, tp)
         model.output.weight = model.tok_embeddings.weight
     else:
-        model.tok_embeddings = ParallelEmbedding(model.tok_embeddings, mesh, tp)
+        model.tok_embeddings = ParallelEmbedding(model.tok_embeddings, mesh, tp, model.dtype)
     model.token_loss = partial(linear_cross_entropy, vocabulary=partial(SharedVocabulary, tp))
 
 

@@ -38,7 +38,10 @@ def apply_sharding(
     data = mesh[tuple(axes)]
     if data.size() == 1:
         return
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: the rotary table is float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.layers:
         fully_shard(block, mesh=data, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # What is left, the outer layers: freed after the forward pass, they would be gathered again at

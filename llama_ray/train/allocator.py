@@ -1,21 +1,20 @@
-"""What a CPU process does with memory it has freed."""
+"""What a process that trains on a CPU does with memory it has freed: it keeps it.
 
-from __future__ import annotations
+By default glibc hands each large block back to the kernel, which maps and zeroes it anew, page by
+page, for the next tensor: `python -m benchmarks.train_step` shows what that costs a step. A
+training step allocates the same tensors each time.
 
-import ctypes
+It is said in the environment a process starts with, for all its threads: Ray Train runs the
+training function in one that is not the main thread, whose heaps `mallopt` would not reach. (Other
+C libraries ignore it.)
+"""
 
-# <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next allocation, however large; returns whether it does.
-
-    By default it hands each large block back to the kernel, which maps and zeroes it anew, page by
-    page, for the next tensor: `python -m benchmarks.train_step` shows what that costs a step. A
-    training step allocates the same tensors each time, so nothing is lost by keeping them.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+KEEP_FREED_MEMORY = {
+    "GLIBC_TUNABLES": ":".join(
+        (
+            "glibc.malloc.arena_max=1",
+            "glibc.malloc.mmap_max=0",
+            f"glibc.malloc.trim_threshold={2**40}",
+        )
+    )
+}

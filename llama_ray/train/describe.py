@@ -54,7 +54,7 @@ def memory_rows(config: PretrainConfig, memory: RankMemory) -> list[tuple[str, s
         (
             "gradients",
             memory.gradients,
-            "float32" + (", not reduced between micro-batches" if unreduced else ""),
+            "float32" + (", whole (see parallel.reduce_every_micro_batch)" if unreduced else ""),
         ),
         ("optimizer", memory.optimizer, "float32, two moments"),
         (

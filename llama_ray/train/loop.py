@@ -40,7 +40,6 @@ from llama_ray.parallel import (
     reshard,
 )
 from llama_ray.storage import Storage
-from llama_ray.train.allocator import keep_freed_memory
 from llama_ray.train.flops import peak_flops
 from llama_ray.train.optimizer import (
     build_optimizer,
@@ -57,7 +56,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         cpus = config.parallel.cpus_per_worker
         torch.set_num_threads(config.parallel.threads_per_worker or math.ceil(cpus))
-        keep_freed_memory()
     worker = Worker(config, device)
     # Rank 0 tells the driver; it alone prints and plots.
     report = settings["events"].put if dist.get_rank() == 0 else lambda event: None

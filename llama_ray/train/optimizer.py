@@ -53,9 +53,10 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
     on the device, the same on every rank and in every layout."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     parts = [_local(grad) for grad in grads]
+    squares = torch.stack(torch._foreach_norm(parts)).square().unbind()
     # What several ranks hold alike counts once in the sum over all ranks.
-    copies = torch.tensor([_copies(grad) for grad in grads], device=parts[0].device)
-    total = (torch.stack(torch._foreach_norm(parts)).square() / copies).sum()
+    shares = [square / _copies(grad) for square, grad in zip(squares, grads, strict=True)]
+    total = torch.stack(shares).sum()
     if dist.is_initialized():
         dist.all_reduce(total)
     norm = total.sqrt()

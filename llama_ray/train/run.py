@@ -18,6 +18,7 @@ from llama_ray.data.shards import TokenManifest
 from llama_ray.errors import UserError
 from llama_ray.local import connect
 from llama_ray.storage import Storage
+from llama_ray.train.allocator import KEEP_FREED_MEMORY
 from llama_ray.train.loop import open_stream, train_worker
 from llama_ray.train.monitor import Monitor
 
@@ -50,12 +51,11 @@ def pretrain(config: PretrainConfig) -> None:
         folder = CheckpointStore(storage, config.name).path(committed[-1])
         print(f"nothing to do: {config.name} is trained, its checkpoint is {storage.url(folder)}")
         return
-    storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
-
     connect()
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.parallel.world_size
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_group_fits_a_node(config, nodes, use_gpu)
+    storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
     check_resources(config)
     events = Queue(actor_options={"num_cpus": 0})
     monitor = Monitor(config, storage, manifest)
@@ -98,6 +98,8 @@ def make_trainer(
         name=config.name,
         storage_path=storage.path(f"runs/{config.name}/ray_train"),
         storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs)),
+        # mypy sees Train V1's class.
+        worker_runtime_env=None if use_gpu else {"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]
     )
     return TorchTrainer(
         train_worker,

@@ -32,3 +32,15 @@ def test_large_logits_do_not_overflow() -> None:
     output.weight.data.copy_(torch.eye(8, 4) * 100)
     loss = linear_cross_entropy(hidden, output, torch.tensor([0, 7]))
     assert loss.item() == pytest.approx(2 * torch.tensor(4.0).log().item() + 10_000)
+
+
+@pytest.mark.parametrize("gap", [2.0, 4.0, 6.0, 8.0])
+def test_bfloat16_keeps_the_pull_of_a_confident_target(gap: float) -> None:
+    """p - 1 is small where p is near 1, but not nothing."""
+    hidden = torch.tensor([[gap, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    output = Linear(2, 2).bfloat16()
+    output.weight.data.copy_(torch.eye(2))
+    linear_cross_entropy(hidden, output, torch.tensor([0])).backward()
+    other = torch.sigmoid(torch.tensor(-gap))
+    assert hidden.grad is not None
+    assert torch.allclose(hidden.grad.float(), torch.stack((-other, other)), rtol=2**-8)

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llama_ray.checkpoint.hf import to_hf
 from llama_ray.checkpoint.sharded import load_sharded, training_state
 from llama_ray.config import ModelConfig, StorageConfig
 from llama_ray.config.pretrain import OptimizerConfig
-from llama_ray.model import LLaMA
+from llama_ray.model import LLaMA, llama
 from llama_ray.model.projection import Weight
 from llama_ray.parallel import copy_shard, initialize, reshard
 from llama_ray.storage import Storage
@@ -310,6 +311,26 @@ def test_bfloat16_follows_every_update(ranks: Ranks) -> None:
     for losses in runs:
         assert losses[-1] < 0.95 * losses[0]
         assert losses == pytest.approx(runs[0], rel=3e-3)
+
+
+def rotated_in(rank: int, layout: Layout) -> set[torch.dtype]:
+    """The types of the rotary table where it is used."""
+    seen = set()
+    rotate = llama._rotate
+
+    def watched(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        seen.update((cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
+
+    config = tiny()
+    with laid_out(config, layout) as (model, _), mock.patch.object(llama, "_rotate", watched):
+        backward(model, batch(config, 0), layout)
+    return seen
+
+
+def test_the_rotary_table_stays_float32(ranks: Ranks) -> None:
+    for layout in (Layout(dtype=torch.bfloat16), Layout(1, 2, dtype=torch.bfloat16)):
+        assert ranks(layout.world_size, rotated_in, layout)[0] == {torch.float32}
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 1), (1, 2)])
