@@ -53,8 +53,9 @@ class TensorParallel:
 
     def chunks(self, n_tokens: int) -> list[slice]:
         """The chunks of N tokens, in order."""
-        assert n_tokens % self.size == 0, (n_tokens, self.size)
-        own = n_tokens // self.size
+        owners = self.size if self.sequence else 1
+        assert n_tokens % owners == 0, (n_tokens, owners)
+        own = n_tokens // owners
         count = MAX_CHUNKS
         while count > 1 and (own % count or n_tokens // count < MIN_CHUNK_TOKENS):
             count //= 2
@@ -162,7 +163,8 @@ def _scatters_by_reducing(group: dist.ProcessGroup) -> bool:
 
 def _sum(parts: Tensor) -> Tensor:
     """Sum over the first dim, rounded once."""
-    return parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)  # the former is 5 times as fast
+    # On a CPU, sum(0) takes many times as long as an addition.
+    return parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)
 
 
 @dataclass(frozen=True)

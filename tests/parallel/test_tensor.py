@@ -185,6 +185,8 @@ def cut_up(rank: int) -> None:
         for n_tokens, count in ((tp.size, 1), (smallest, 1), (2 * smallest, 2), (4 * smallest, 4)):
             assert len(tp.chunks(n_tokens)) == count
         assert len(tp.chunks(4 * smallest + tp.size)) == 1  # pieces are equal
+        replicated = TensorParallel(mesh.get_group(), sequence=False, overlap=True)
+        assert replicated.chunks(7) == [slice(0, 7)]  # with no owners, any number will do
         n_tokens = 8 * smallest
         assert len(tp.chunks(n_tokens)) == tensor.MAX_CHUNKS
         mine = torch.cat([torch.arange(n_tokens)[piece] for piece in tp.pieces(n_tokens)])
