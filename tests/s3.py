@@ -44,7 +44,7 @@ def s3_server(folder: Path, port: int) -> Iterator[S3Server]:
         "master.volumeSizeLimitMB": 512, "volume.max": 40, "volume.preStopSeconds": 0,
     }  # fmt: skip
     log = (folder / "weed.log").open("wb")
-    command = [
+    command: list[str | Path] = [
         Path(sys.executable).with_name("weed"),
         "server",
         *(f"-{name}={value}" for name, value in flags.items()),

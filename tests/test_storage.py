@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,16 @@ from llama_ray.config import StorageConfig
 from llama_ray.errors import UserError
 from llama_ray.storage import Storage, read_file
 from tests.s3 import BUCKET, S3Server
+from tests.s3_proxy import (
+    FORBIDDEN,
+    INTERNAL_ERROR,
+    LOST_ANSWER,
+    RESET,
+    SLOW_DOWN,
+    S3Proxy,
+    once,
+    s3_proxy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +99,92 @@ def test_a_named_file_is_read_from_the_same_server(
 
 
 def test_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job says so in its first seconds, and does not wait as it would later."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    config = StorageConfig(url="s3://bucket/x", endpoint_url="http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"cannot be reached.*storage\.endpoint_url"):
-        Storage(config).check_writable()
+    storage = Storage(StorageConfig(url="s3://bucket/x", endpoint_url="http://127.0.0.1:9"))
+    for check in (storage.check_writable, storage.check_reachable):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached.*storage\.endpoint_url"):
+            check()
+        assert time.monotonic() - began < 20
+
+
+@pytest.fixture
+def proxied(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Storage, S3Proxy]]:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    with s3_proxy(s3.endpoint_url) as proxy:
+        url = f"s3://{BUCKET}/{tmp_path.name}"
+        yield Storage(StorageConfig(url=url, endpoint_url=proxy.endpoint_url)), proxy
+
+
+REQUESTS: dict[str, Callable[[Storage], object]] = {
+    "write": lambda storage: storage.write("b", b"new"),
+    "read": lambda storage: storage.read("a"),
+    "read_range": lambda storage: storage.read_range("a", 1, 3),
+    "exists": lambda storage: storage.exists("a"),
+    "list": lambda storage: storage.list(""),
+    "delete": lambda storage: storage.delete("c"),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_each_request_is_repeated_once_for_each_failure(
+    proxied: tuple[Storage, S3Proxy], request_: str
+) -> None:
+    """And not by s3fs and botocore as well."""
+    storage, proxy = proxied
+    storage.write("a", b"there")
+    proxy.requests.clear()
+    expected = REQUESTS[request_](storage)
+    plain = len(proxy.requests)
+    for fault in (SLOW_DOWN, INTERNAL_ERROR, RESET, LOST_ANSWER):
+        proxy.requests.clear()
+        proxy.rule = once(fault)
+        assert REQUESTS[request_](storage) == expected
+        assert len(proxy.requests) == plain + 1
+
+
+def test_storage_is_away_for_a_while(proxied: tuple[Storage, S3Proxy]) -> None:
+    storage, proxy = proxied
+    storage.write("a", b"there")
+    with ThreadPoolExecutor(len(REQUESTS)) as threads:
+        with proxy.down():
+            waiting = [threads.submit(request, storage) for request in REQUESTS.values()]
+            time.sleep(1)
+            assert not any(request.done() for request in waiting)
+        for request in waiting:
+            request.result()
+    assert storage.read("b") == b"new"
+
+
+def test_storage_is_away_for_too_long(proxied: tuple[Storage, S3Proxy]) -> None:
+    storage, proxy = proxied
+    storage = Storage(storage.config.model_copy(update={"retry_seconds": 1.5}))
+    began = time.monotonic()
+    with (
+        proxy.down(),
+        pytest.raises(UserError, match=r"storage\.url: .*cannot be reached.*\(tried for \d+ s\)"),
+    ):
+        storage.read("a")
+    assert time.monotonic() - began < 15
+    proxy.rule = lambda request: SLOW_DOWN
+    with pytest.raises(UserError, match=r"overloaded \(503 SlowDown: told to\) \(tried for"):
+        storage.write("a", b"x")
+
+
+def test_what_is_refused_is_not_repeated(proxied: tuple[Storage, S3Proxy]) -> None:
+    storage, proxy = proxied
+    proxy.rule = lambda request: FORBIDDEN
+    with pytest.raises(UserError, match="access refused"):
+        storage.write("a", b"x")
+    proxy.rule = lambda request: None
+    with pytest.raises(FileNotFoundError):
+        storage.read("a")
+    assert [request.method for request in proxy.requests] == ["PUT", "HEAD", "GET"]
 
 
 def test_full_disk_leaves_the_old_file_whole(small_disk: Path) -> None:

@@ -26,6 +26,9 @@ class StorageConfig(StrictModel):
     Default: `$LLAMA_RAY_STORAGE`, else `file://~/llama_ray`."""
     endpoint_url: str | None = None
     """The S3 server's address where it is not AWS, e.g. `http://127.0.0.1:8333`."""
+    retry_seconds: float = Field(default=300.0, ge=0)
+    """For how long a request is repeated while storage is overloaded or cannot be reached. A job
+    tries for a few seconds only when it starts."""
 
     @field_validator("url")
     @classmethod
