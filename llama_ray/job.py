@@ -1,7 +1,8 @@
 """Run a job file: `ray job submit jobs/pretrain.yaml`, `./jobs/pretrain.yaml` or
 `python -m llama_ray.job jobs/pretrain.yaml train.steps=100 --dry-run`.
 
-Load → validate → dispatch. Exit status 0: done; 1: the job failed; 2: the job file is wrong.
+Load → validate → dispatch. Exit status 0: done; 1: the job failed; 2: the job file is wrong; 130:
+interrupted (Ctrl-C).
 The reason is the last line.
 """
 
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 
 from llama_ray.config import (
     CleanConfig,
+    ExportConfig,
+    ImportConfig,
     InspectConfig,
     JobConfig,
     PrepareConfig,
@@ -24,6 +27,13 @@ from llama_ray.errors import UserError, user_error_cause
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return _fail(UserError("interrupted; run the same job again"), status=130)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="llama_ray.job", description=__doc__)
     parser.add_argument("file", help="the job file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -69,6 +79,14 @@ def describe(config: JobConfig, dry_run: bool) -> None:
         from llama_ray.data.inspect import describe_inspect
 
         describe_inspect(config)
+    elif isinstance(config, ImportConfig):
+        from llama_ray.formats.import_ import describe_import
+
+        describe_import(config, dry_run)
+    elif isinstance(config, ExportConfig):
+        from llama_ray.formats.export import describe_export
+
+        describe_export(config, dry_run)
 
 
 def dispatch(config: JobConfig) -> None:
@@ -89,6 +107,18 @@ def dispatch(config: JobConfig) -> None:
         from llama_ray.data.inspect import inspect
 
         inspect(config)
+    elif isinstance(config, ImportConfig):
+        from llama_ray.formats.conversion import return_freed_memory
+        from llama_ray.formats.import_ import import_model
+
+        return_freed_memory()
+        import_model(config)
+    elif isinstance(config, ExportConfig):
+        from llama_ray.formats.conversion import return_freed_memory
+        from llama_ray.formats.export import export
+
+        return_freed_memory()
+        export(config)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -130,6 +130,8 @@ def _head_environment(environment: dict[str, str]) -> dict[str, str]:
         # Explicit, since Ray would decide by whether ~/.ray/auth_token exists, and `ray job submit`
         # sends no token unless RAY_AUTH_MODE=token is set in its shell too.
         "RAY_AUTH_MODE": "disabled",
+        # How long `ray job stop` lets a job save a checkpoint; Ray's own 3 s are too short.
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
         **{name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
         "PATH": path,
         # Despite its name, what keeps a head on loopback: Ray would otherwise replace 127.0.0.1 by

@@ -10,6 +10,7 @@ the reason is the last line.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.config import ServeConfig, validate
 from llama_ray.config.load import apply_overrides, nearest, read_yaml
 from llama_ray.errors import UserError, user_error_cause
+from llama_ray.formats.place import locate
 from llama_ray.local import check_port_free, connect
 from llama_ray.storage import Storage
 
@@ -132,11 +134,11 @@ def _pinned(args: dict[str, Any]) -> dict[str, Any]:
     """`args` with the newest committed checkpoint for a run. On the cluster, because storage is
     what the cluster's own environment says it is."""
     config = validate(ServeConfig, args, "args")
-    if config.checkpoint.endswith(".bin"):
+    place = locate(config.checkpoint, Storage(config.storage), "checkpoint")
+    if not re.fullmatch("runs/[^/]+", place.path):
         return args
-    storage = Storage(config.storage)
-    folder = resolve(storage, config.checkpoint)
-    read_info(storage, folder)
+    folder = resolve(place.storage, place.path)
+    read_info(place.storage, folder)
     return args | {"checkpoint": folder}
 
 

@@ -21,6 +21,7 @@ import ray
 import torch
 
 from llama_ray import local
+from tests.parallel.ranks import Ranks
 from tests.s3 import S3Server, s3_server
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -66,6 +67,14 @@ def ray_cluster(ray_head: local.Head) -> Iterator[local.Head]:
     ray.init(address=ray_head.address, log_to_driver=False)
     yield ray_head
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for tests of what several ranks do together."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a model ready to generate, on one device."""
+"""From the name of a model to one ready to generate, on one device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ray.checkpoint.llama2c import load_llama2c
 from llama_ray.checkpoint.sharded import load_weights
-from llama_ray.checkpoint.store import read_info, resolve
 from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.errors import UserError
+from llama_ray.formats.checkpoint import CheckpointSource
+from llama_ray.formats.open import open_source
+from llama_ray.formats.source import read_checked
 from llama_ray.model.llama import LLaMA
-from llama_ray.storage import Storage, read_file
+from llama_ray.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -32,49 +33,27 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
-    """Load `runs/<name>` (newest committed checkpoint), a checkpoint's folder under `storage.url`,
-    or a llama2.c `.bin` (path or URL), which needs `tokenizer` (path or URL) beside it.
+    """Load whatever `formats.open.open_source` opens: a run of ours or one of its checkpoints, a
+    folder in Hugging Face's or Meta's format, a llama2.c `.bin`, which needs `tokenizer` (path or
+    URL) beside it.
 
-    Raises `UserError` naming `checkpoint` or `tokenizer`.
+    Raises `UserError` naming `checkpoint`, `tokenizer` or the file that is wrong.
     """
-    if checkpoint.endswith(".bin"):
-        return _load_llama2c(checkpoint, storage, tokenizer, dtype, device)
-    folder = resolve(storage, checkpoint)
-    info = read_info(storage, folder)
-    where = tokenizer or storage.url(f"{folder}/{info.tokenizer_file}")
-    pieces = Tokenizer(read_file(where, storage.config, "tokenizer"), f"tokenizer: {where}")
-    if pieces.sha256 != info.tokenizer_sha256:
+    source = open_source(checkpoint, storage, tokenizer=tokenizer)
+    if source.tokenizer is None:
         raise UserError(
-            f"tokenizer: {where} (sha256 {pieces.sha256[:12]}…) is not the one "
-            f"{storage.url(folder)} was trained with ({info.tokenizer_sha256[:12]}…)"
+            f"tokenizer: {source.description} holds none; name its `tokenizer.model` or "
+            "`tokenizer.json`"
         )
     with torch.device("meta"):
-        model = LLaMA(info.model)
+        model = LLaMA(source.config)
     model.to(dtype).materialize(device)
-    load_weights(storage, folder, model)
-    return LoadedModel(model.eval(), pieces, f"{storage.url(folder)} (step {info.step:,})")
-
-
-def _load_llama2c(
-    path: str,
-    storage: Storage,
-    tokenizer: str | None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> LoadedModel:
-    if tokenizer is None:
-        raise UserError(
-            f"tokenizer: {path} holds none; name its `tokenizer.model` or `tokenizer.json`"
-        )
-    config, weights = load_llama2c(read_file(path, storage.config, "checkpoint"), path)
-    pieces = Tokenizer(read_file(tokenizer, storage.config, "tokenizer"), f"tokenizer: {tokenizer}")
-    if pieces.vocab_size != config.vocab_size:
-        raise UserError(
-            f"tokenizer: {tokenizer} has {pieces.vocab_size:,} pieces, {path} has "
-            f"{config.vocab_size:,}"
-        )
-    with torch.device("meta"):
-        model = LLaMA(config)
-    model.to(dtype).materialize(device)
-    model.load_state_dict(weights)
-    return LoadedModel(model.eval(), pieces, path)
+    if isinstance(source, CheckpointSource):
+        load_weights(source.storage, source.folder, model)  # all files at a time
+    else:
+        parameters = dict(model.named_parameters())
+        for name, tensor in read_checked(source):
+            parameters[name].data.copy_(tensor)
+            del tensor
+    pieces = Tokenizer(source.tokenizer, f"{source.description}: its tokenizer")
+    return LoadedModel(model.eval(), pieces, source.description)

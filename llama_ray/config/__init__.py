@@ -1,6 +1,8 @@
 """Typed job files. `load_job` reads one; each kind has a module of its own."""
 
 from llama_ray.config.clean import CleanConfig
+from llama_ray.config.export import ExportConfig
+from llama_ray.config.import_ import ImportConfig
 from llama_ray.config.inspect import InspectConfig
 from llama_ray.config.job_base import JobConfig
 from llama_ray.config.load import load_job, validate
@@ -14,6 +16,8 @@ __all__ = [
     "PRESETS",
     "CleanConfig",
     "EngineConfig",
+    "ExportConfig",
+    "ImportConfig",
     "InspectConfig",
     "JobConfig",
     "ModelConfig",

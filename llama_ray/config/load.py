@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llama_ray.config.clean import CleanConfig
+from llama_ray.config.export import ExportConfig
+from llama_ray.config.import_ import ImportConfig
 from llama_ray.config.inspect import InspectConfig
 from llama_ray.config.job_base import JobConfig
 from llama_ray.config.prepare import PrepareConfig
@@ -22,6 +24,8 @@ JOB_KINDS: dict[str, type[JobConfig]] = {
     "prepare": PrepareConfig,
     "inspect": InspectConfig,
     "pretrain": PretrainConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
 }
 
 Model = TypeVar("Model", bound=BaseModel)

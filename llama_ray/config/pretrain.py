@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from llama_ray.config.base import StrictModel
 from llama_ray.config.job_base import NAME, JobConfig
@@ -45,7 +45,8 @@ class StageConfig(StrictModel):
     """Takes `weights` or `epochs`."""
 
     from_step: int = Field(gt=0)
-    """The first step of this mixture, in force until the next stage."""
+    """The first step of this mixture, in force until the next stage. (With `data.skip_steps`: the
+    first batch, by its place in the token order.)"""
     weights: Weights | None = None
     """As `data.weights`."""
     epochs: Amounts | None = None
@@ -81,10 +82,21 @@ class DataConfig(StrictModel):
     mask_documents: bool = False
     """Tokens attend within their document only, not to others that were packed into their sequence
     (Zhao et al. 2024; Llama 3). Documents are told apart by their BOS and EOS."""
+    skip_steps: list[tuple[int, int]] = Field([])
+    """Batches to leave out, as `[[first, last], …]`, by their place in the token order, from 0 (a
+    run that has left out none trains on batch n at step n): it goes on with the ones after."""
     window_steps: int = Field(16, gt=0)
     """Steps that one Ray Data read task fetches."""
     prefetch_windows: int = Field(16, gt=0)
     """Windows fetched at a time, while as many before them are trained on."""
+
+    @field_validator("skip_steps")
+    @classmethod
+    def _forwards(cls, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        for first, last in ranges:
+            if not 0 <= first <= last:
+                raise ValueError(f"[{first}, {last}] is no range; write [first, last], from 0")
+        return ranges
 
     @model_validator(mode="after")
     def _one_mixture_at_a_time(self) -> DataConfig:
@@ -118,6 +130,11 @@ class OptimizerConfig(StrictModel):
     """Applied to matrices; not to norm weights."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
+    spike_factor: float = Field(10.0, gt=1)
+    """A step whose gradient norm exceeds its running mean by this factor is skipped, as is one
+    whose norm is not finite: neither weights nor moments change."""
+    max_skipped: int = Field(10, gt=0)
+    """This many skipped steps in a row end the run."""
 
 
 class TrainConfig(StrictModel):
@@ -150,6 +167,12 @@ class ParallelConfig(StrictModel):
     """Ranks that share one copy of the model; must divide heads, KV heads, FFN and vocabulary."""
     data: int = Field(1, gt=0)
     """Ranks that each take a share of the batch and of the weights and optimizer state."""
+    min_data: int | None = Field(None, gt=0)
+    """Go on with as few data-parallel ranks as this while nodes are missing, and grow back to
+    `data` when they return; whole tensor-parallel groups come and go. Default: `data`, not elastic.
+    """
+    resize_seconds: float = Field(60.0, gt=0)
+    """How often an elastic run looks whether it can grow."""
     shard: int | None = Field(None, gt=0)
     """Data-parallel ranks that one copy of weights, gradients and optimizer state is spread over;
     must divide `data`. Default: `data`. Fewer: hybrid sharding, data / shard copies."""
@@ -184,9 +207,32 @@ class CheckpointConfig(StrictModel):
     """Steps between checkpoints; the last step is always checkpointed."""
     keep: int = Field(3, gt=0)
     """Newest committed checkpoints kept."""
-    resume: Literal["auto", "never"] = "auto"
-    """`auto`: go on from the newest committed checkpoint of the run of this name, if any.
-    `never`: refuse to start where there is one."""
+    keep_every: int | None = Field(None, gt=0)
+    """Kept besides, for good: those of steps that are multiples of this."""
+    keep_best: int = Field(0, ge=0)
+    """Kept besides: this many with the lowest validation loss (of those taken at a validation)."""
+    resume: str = "auto"
+    """`auto`: go on from the newest committed checkpoint of the run of this name, if any. `never`:
+    refuse to start where there is one. Else what a run without checkpoints of its own starts from:
+    `runs/<name>` (its newest) or one of its checkpoints, with its step and its optimizer, if any.
+    """
+    max_in_flight: int = Field(1, gt=0)
+    """Checkpoints copied aside and not committed yet; each takes a rank's share of weights and
+    optimizer state in host memory. Training waits before it makes one more."""
+    deadline_seconds: float = Field(1800.0, gt=0)
+    """An upload is tried again and again for this long; then the run fails."""
+
+
+class FailuresConfig(StrictModel):
+    """What happens when something breaks. Restarts resume from the newest committed checkpoint."""
+
+    max_restarts: int = Field(10, ge=-1)
+    """Restarts of the workers after failures; preemptions do not count. -1: without end."""
+    hang_seconds: float = Field(300.0, gt=0)
+    """For so long ranks wait in a collective; then the one that holds them up is named, and the
+    workers are restarted. Longer than any step, and than reading its tokens may take."""
+    grace_seconds: float = Field(60.0, gt=0)
+    """After SIGTERM to the job's driver: time to save a checkpoint and leave."""
 
 
 class PretrainConfig(JobConfig):
@@ -197,6 +243,7 @@ class PretrainConfig(JobConfig):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> PretrainConfig:
@@ -245,6 +292,33 @@ class PretrainConfig(JobConfig):
                 f"train.steps {self.train.steps} to learn in"
             )
         return self
+
+    @model_validator(mode="after")
+    def _elastic(self) -> PretrainConfig:
+        lowest, data = self.parallel.min_data, self.parallel.data
+        if lowest is not None and lowest > data:
+            raise ValueError(f"parallel.min_data: {lowest} is more than parallel.data {data}")
+        return self
+
+    def usable_data(self) -> list[int]:
+        """The numbers of data-parallel ranks that this run can go on with, ascending."""
+        per_rank = self.train.micro_batch_size
+        return [
+            n
+            for n in range(self.parallel.min_data or self.parallel.data, self.parallel.data + 1)
+            if self.train.batch_size % (n * per_rank) == 0 and n % (self.parallel.shard or n) == 0
+        ]
+
+    def with_data(self, data: int) -> PretrainConfig:
+        """This run on another number of data-parallel ranks, one of `usable_data`."""
+        parallel = self.parallel.model_copy(update={"data": data})
+        return self.model_copy(update={"parallel": parallel})
+
+    def with_start(self, folder: str | None) -> PretrainConfig:
+        """This run, starting from this very checkpoint where it has none of its own."""
+        resume = self.checkpoint.resume if folder is None else folder
+        checkpoint = self.checkpoint.model_copy(update={"resume": resume})
+        return self.model_copy(update={"checkpoint": checkpoint})
 
     @property
     def grad_accum_steps(self) -> int:

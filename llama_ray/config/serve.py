@@ -39,10 +39,11 @@ class ServeConfig(StrictModel):
     """What clients put in the request's `model`."""
     checkpoint: str
     """What to serve: `runs/<name>` under `storage.url` (its newest committed checkpoint), one of
-    its checkpoints (`runs/<name>/checkpoints/step-00000500`), or the path or URL of a llama2.c
-    `.bin`."""
+    its checkpoints (`runs/<name>/checkpoints/step-00000500`), or a model from elsewhere, path or
+    URL: a folder in Hugging Face's or Meta's format, or a llama2.c `.bin`."""
     tokenizer: str | None = None
-    """Path or URL of a SentencePiece model, for checkpoints that hold none (`.bin`)."""
+    """Path or URL of a `tokenizer.model` or `tokenizer.json`, where none lies beside the weights
+    (`.bin`)."""
     storage: StorageConfig = StorageConfig()
     engine: EngineConfig = EngineConfig()
     num_replicas: int = Field(1, gt=0)

@@ -1,4 +1,4 @@
-"""Is what a `prepare` job wrote whole, and what is in it?
+"""Is what a `prepare` job wrote whole, and what is in it? (Checkpoints: `llama_ray.checkpoint`.)
 
 manifest ─▶ its table ─▶ every file of every shard, read on Ray ─▶ a few documents as text
 """
@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from llama_ray.checkpoint.inspect import inspect_checkpoint
 from llama_ray.config.inspect import InspectConfig
 from llama_ray.data.execution import data_context
 from llama_ray.data.progress import Progress, Tally
@@ -34,6 +35,7 @@ from llama_ray.data.tokenizer import Tokenizer
 from llama_ray.data.verify import Expected, shard_damage
 from llama_ray.errors import UserError, user_error_cause
 from llama_ray.format import print_table, si
+from llama_ray.formats.place import locate
 from llama_ray.local import connect
 from llama_ray.storage import Storage
 
@@ -46,18 +48,27 @@ Damage = tuple[str, str]
 
 def describe_inspect(config: InspectConfig) -> None:
     """Print what the job will do. Touches nothing."""
-    rows = [("reads", f"{config.storage.url}/{folder(config.tokens)}, every byte")]
-    print_table(f"inspect {config.tokens}", rows)
+    what = config.checkpoint or folder(config.tokens or "")
+    place = locate(what, Storage(config.storage), "checkpoint")
+    print_table(f"inspect {what}", [("reads", f"{place.url}, every byte")])
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print the tokens' table and some documents. Raises `UserError` naming every damaged file."""
+    """Print what the tokens or the checkpoint are. Raises `UserError` naming every damaged file."""
     storage = Storage(config.storage)
-    manifest = TokenManifest.find(storage, config.tokens)
+    if config.checkpoint is not None:
+        inspect_checkpoint(config.checkpoint, storage)
+    if config.tokens is not None:
+        inspect_tokens(config, config.tokens, storage)
+
+
+def inspect_tokens(config: InspectConfig, name: str, storage: Storage) -> None:
+    """Their table, and some documents."""
+    manifest = TokenManifest.find(storage, name)
     if manifest is None:
         raise UserError(
-            f"tokens: {storage.url(folder(config.tokens))} holds no prepared tokens; run the "
-            f"`prepare` job whose name is {config.tokens!r} first, or correct tokens"
+            f"tokens: {storage.url(folder(name))} holds no prepared tokens; run the "
+            f"`prepare` job whose name is {name!r} first, or correct tokens"
         )
     print_manifest(manifest)
     damage = list(_other_damage(storage, manifest))
@@ -232,4 +243,4 @@ def _explained(storage: Storage, damage: list[Damage]) -> str:
     folders = sorted({"/".join(file.split("/")[:2]) for file, _ in damage})
     remedy = f"restore them, or delete {' and '.join(folders)} and prepare again"
     files = len({file for file, _ in damage})
-    return f"tokens: {files:,} damaged files; {remedy}:\n  " + "\n  ".join(lines)
+    return f"tokens: {files:,} damaged file{'s' * (files > 1)}; {remedy}:\n  " + "\n  ".join(lines)

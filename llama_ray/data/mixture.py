@@ -71,12 +71,12 @@ def _check_sources(asked: Mapping[str, float], tokens: Mapping[str, int], key: s
         )
 
 
-def asked_shares(stages: Sequence[Stage], samples: int) -> dict[str, float]:
-    """Each source's share of the first `samples` samples, were they divisible at will."""
-    shares: dict[str, float] = {}
-    ends = [*(stage.first for stage in stages[1:]), samples]
+def asked_samples(stages: Sequence[Stage], start: int, stop: int) -> dict[str, float]:
+    """How many of samples [start, stop) each source would give, were they divisible at will."""
+    asked: dict[str, float] = {}
+    ends = [*(stage.first for stage in stages[1:]), stop]
     for stage, end in zip(stages, ends, strict=True):
-        part = max(0, min(end, samples) - stage.first) / samples
+        n = max(0, min(end, stop) - max(stage.first, start))
         for source in stage.weights:
-            shares[source] = shares.get(source, 0.0) + part * stage.share(source)
-    return shares
+            asked[source] = asked.get(source, 0.0) + n * stage.share(source)
+    return asked

@@ -8,7 +8,8 @@ executor spins while it is held back: measured, 70 % of a core in the training p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from llama_ray.data.execution import data_context
 from llama_ray.data.mixture import stages
 from llama_ray.data.order import SourceStream, TokenOrder
 from llama_ray.data.shards import SplitManifest, TokenManifest
+from llama_ray.data.skips import SkippedBatches
 from llama_ray.data.windows import Replaced, WindowReader, read_stream
 from llama_ray.errors import UserError, user_error_cause
 from llama_ray.storage import Storage
@@ -49,6 +51,7 @@ class Batch:
     """One rank's rows of a step's batch."""
 
     step: int
+    """Of the training, not of the token order: see `data.skip_steps`."""
     tokens: np.ndarray
     """int64 [rows, seq_len + 1]"""
     replaced: list[Replaced]
@@ -81,6 +84,7 @@ class TokenStream:
         tokens = {source: split.tokens for source, split in train.items()}
         self.stages = stages(data, tokens, batch_size)
         self.order = TokenOrder(shard_tokens, data.seq_len, seed, self.stages)
+        self.skipped = SkippedBatches(data.skip_steps)
         self.reader = WindowReader(storage, manifest, self.order, batch_size, data.on_corrupt)
 
     def rank_batches(
@@ -97,21 +101,45 @@ class TokenStream:
         share = self.batch_size // dp_size
         rows = slice(dp_rank * share, (dp_rank + 1) * share)
         reader = ray.put(self.reader)
-        window_steps = self.data.window_steps
-        length = window_steps * self.data.prefetch_windows
-
-        def fetch(first: int) -> list[Any]:
-            last = min(first + length, stop_step)
-            return _fetch(WindowDatasource(reader, range(first, last, window_steps), last, rows))
-
+        windows = self._windows(start_step, stop_step)
+        datasets = [
+            windows[i : i + self.data.prefetch_windows]
+            for i in range(0, len(windows), self.data.prefetch_windows)
+        ]
+        if not datasets:
+            return
+        steps = itertools.count(start_step)
         with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
-            ahead = pool.submit(fetch, start_step)
-            for first in range(start_step, stop_step, length):
-                windows = _result(ahead)
-                if first + length < stop_step:
-                    ahead = pool.submit(fetch, first + length)
-                for window in windows:
-                    yield from _batches(window)
+
+            def fetch(windows: list[range]) -> Future[list[Any]]:
+                return pool.submit(_fetch, WindowDatasource(reader, windows, rows))
+
+            ahead = fetch(datasets[0])
+            for following in [*datasets[1:], None]:
+                fetched = _result(ahead)
+                if following is not None:
+                    ahead = fetch(following)
+                for window in fetched:
+                    for tokens, replaced in _batches(window):
+                        yield Batch(next(steps), tokens, replaced)
+
+    def _windows(self, start_step: int, stop_step: int) -> list[range]:
+        """The batches of the steps, up to `data.window_steps` together."""
+        n = self.data.window_steps
+        return [
+            run[i : i + n]
+            for run in self.skipped.runs(start_step, stop_step)
+            for i in range(0, len(run), n)
+        ]
+
+    def samples(self, steps: int) -> dict[str, int]:
+        """How many sequences of each source the first `steps` steps train on."""
+        size, order = self.batch_size, self.order
+        counts = [0] * len(order.streams)
+        for run in self.skipped.runs(0, steps):
+            before, after = (order.counts_before(n * size) for n in (run.start, run.stop))
+            counts = [n + b - a for n, a, b in zip(counts, before, after, strict=True)]
+        return {stream.name: n for stream, n in zip(order.streams, counts, strict=True)}
 
     def validation_sequences(self, n: int) -> np.ndarray:
         """int64 [n, seq_len + 1]: held-out sequences, the same ones each time, spread evenly over
@@ -152,11 +180,11 @@ class TokenStream:
 
 
 class WindowDatasource(Datasource):
-    """One read task a window; a row a step: `step`, `tokens` [rows, seq_len + 1]."""
+    """One read task a window; a row a batch: `tokens` [rows, seq_len + 1], `replaced`."""
 
-    def __init__(self, reader: Any, starts: range, stop_step: int, rows: slice) -> None:
+    def __init__(self, reader: Any, windows: Sequence[range], rows: slice) -> None:
         super().__init__()
-        self.reader, self.starts, self.stop_step, self.rows = reader, starts, stop_step, rows
+        self.reader, self.windows, self.rows = reader, windows, rows
 
     def estimate_inmemory_data_size(self) -> None:
         return None
@@ -164,28 +192,23 @@ class WindowDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        def task(start: int) -> ReadTask:
+        def task(window: range) -> ReadTask:
             reader, rows = self.reader, self.rows
-            stop = min(start + self.starts.step, self.stop_step)
             metadata = BlockMetadata(
-                num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None
+                num_rows=len(window), size_bytes=None, input_files=None, exec_stats=None
             )
-            return ReadTask(lambda: [_window(reader, start, stop, rows)], metadata)
+            return ReadTask(lambda: [_window(reader, window, rows)], metadata)
 
-        return [task(start) for start in self.starts]
+        return [task(window) for window in self.windows]
 
 
-def _window(reader: Any, start: int, stop: int, rows: slice) -> pa.Table:
-    tokens, replaced = ray.get(reader).read(start, stop, rows)
-    by_step = [
-        [asdict(sample) for sample in replaced if sample.step == step]
-        for step in range(start, stop)
-    ]
+def _window(reader: Any, window: range, rows: slice) -> pa.Table:
+    tokens, replaced = ray.get(reader).read(window.start, window.stop, rows)
+    by_batch = [[asdict(sample) for sample in replaced if sample.step == n] for n in window]
     return pa.table(
         {
-            "step": np.arange(start, stop),
             "tokens": ArrowTensorArray.from_numpy(tokens),
-            "replaced": pa.array(by_step, REPLACED_TYPE),
+            "replaced": pa.array(by_batch, REPLACED_TYPE),
         }
     )
 
@@ -194,7 +217,7 @@ def _fetch(source: WindowDatasource) -> list[Any]:
     """References to the windows, in order, all of them in the object store."""
     with data_context():
         dataset = ray.data.read_datasource(
-            source, num_cpus=0, concurrency=1, override_num_blocks=len(source.starts)
+            source, num_cpus=0, concurrency=1, override_num_blocks=len(source.windows)
         )
         return dataset.materialize().to_arrow_refs()
 
@@ -208,9 +231,9 @@ def _result(fetched: Future[list[Any]]) -> list[Any]:
         raise
 
 
-def _batches(window: Any) -> Iterator[Batch]:
+def _batches(window: Any) -> Iterator[tuple[np.ndarray, list[Replaced]]]:
     table = ray.get(window)
-    columns = BlockAccessor.for_block(table.select(["step", "tokens"])).to_numpy()
+    tokens = BlockAccessor.for_block(table.select(["tokens"])).to_numpy()["tokens"]
     replaced = table["replaced"].to_pylist()
-    for step, tokens, samples in zip(columns["step"], columns["tokens"], replaced, strict=True):
-        yield Batch(int(step), tokens.astype(np.int64), [Replaced(**sample) for sample in samples])
+    for rows, samples in zip(tokens, replaced, strict=True):
+        yield rows.astype(np.int64), [Replaced(**sample) for sample in samples]

@@ -28,6 +28,7 @@ class Replaced:
     """A sample that could not be read, in whose place another is trained on."""
 
     step: int
+    """Place of its batch in the token order."""
     index: int
     """In the batch of all ranks."""
     shard: str

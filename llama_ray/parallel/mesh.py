@@ -33,15 +33,15 @@ def init_mesh(tensor: int, data: int, device_type: str, shard: int | None = None
         ranks = torch.arange(tensor * data).view(data, tensor)
     else:
         ranks = torch.arange(tensor * data).view(data // shard, shard, tensor)
-        groups = [_own_group(ranks.movedim(axis, -1)) for axis in (0, 1)] + [tp]
         names = ("replicate", "dp", "tp")
+        groups = [_own_group(ranks.movedim(axis, -1), names[axis]) for axis in (0, 1)] + [tp]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
 
 
-def _own_group(ranks: torch.Tensor) -> dist.ProcessGroup:
+def _own_group(ranks: torch.Tensor, name: str) -> dist.ProcessGroup:
     """Make a group of each row; returns the one that this rank is in."""
     rows = ranks.reshape(-1, ranks.shape[-1]).tolist()
-    group, _ = dist.new_subgroups_by_enumeration(rows)
+    group, _ = dist.new_subgroups_by_enumeration(rows, group_desc=name)
     assert group is not None
     return group
 

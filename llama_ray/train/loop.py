@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: build, resume, and then step after step.
 
-tokens of a step ─▶ micro-batches ─▶ loss ─▶ gradients ─▶ clip ─▶ AdamW ─▶ metrics
-                                                                        └▶ checkpoint
+tokens of a step ─▶ micro-batches ─▶ loss ─▶ gradients ─▶ skip or clip ─▶ AdamW ─▶ metrics
+                                                                                └▶ checkpoint
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,9 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from llama_ray.checkpoint.sharded import Checkpointer, load_sharded, training_state
+from llama_ray.checkpoint.checkpointer import Checkpointer
+from llama_ray.checkpoint.sharded import load_sharded
+from llama_ray.checkpoint.state import training_state
 from llama_ray.checkpoint.store import CheckpointInfo, CheckpointStore, read_info
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
@@ -41,31 +41,49 @@ from llama_ray.parallel import (
     reshard,
 )
 from llama_ray.storage import Storage
+from llama_ray.train.board import Event, Order, Reporter
 from llama_ray.train.build import build_on_meta
+from llama_ray.train.collectives import set_timeouts
+from llama_ray.train.control import Control, Leaving, wished_here
 from llama_ray.train.flops import peak_flops
+from llama_ray.train.guard import GradientGuard
+from llama_ray.train.meter import Meter
 from llama_ray.train.optimizer import (
     build_optimizer,
     clip_grad_norm,
     learning_rate,
     set_learning_rate,
 )
+from llama_ray.train.register import Registrar
+from llama_ray.train.report import StepReport
+from llama_ray.train.start import find_start
+from llama_ray.train.watchdog import UPLOAD, Watchdog, place
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry point. settings: {"config": PretrainConfig, "events": Queue}."""
+    """Ray Train's entry point. settings: {"config": PretrainConfig, "board": handle}."""
+    entered = time.time()
     config: PretrainConfig = settings["config"]
+    # Fewer ranks than asked for may have been found: whole tensor-parallel groups.
+    config = config.with_data(dist.get_world_size() // config.parallel.tensor)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         cpus = config.parallel.cpus_per_worker
         torch.set_num_threads(config.parallel.threads_per_worker or math.ceil(cpus))
-    worker = Worker(config, device)
-    # Rank 0 tells the driver; it alone prints and plots.
-    report = settings["events"].put if dist.get_rank() == 0 else lambda event: None
+    reporter = Reporter(settings["board"])
+    worker = Worker(config, device, reporter)
     try:
         for event in worker.run():
-            report(event)
+            if dist.get_rank() == 0:  # it alone tells the driver, which prints and plots
+                reporter.put({"entered": entered, **event} if event["event"] == "start" else event)
+        worker.close()
+    except Exception as error:
+        # An upload under way is left to end with the process: it may wait for a rank that is gone.
+        if report := worker.watchdog.describe_failure(error):
+            reporter.put(report)
+        raise
     finally:
-        worker.checkpointer.close()
+        reporter.close()
 
 
 def open_stream(config: PretrainConfig, storage: Storage, manifest: TokenManifest) -> TokenStream:
@@ -78,7 +96,7 @@ def open_stream(config: PretrainConfig, storage: Storage, manifest: TokenManifes
 class Worker:
     """One rank: its share of the model, of the optimizer and of every batch."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, device: torch.device, reporter: Reporter) -> None:
         self.config, self.device = config, device
         compile = config.train.compile
         model, self.mesh = build_on_meta(
@@ -88,6 +106,9 @@ class Worker:
         self.model = model.materialize(device)
         self.dtype = getattr(torch, config.train.dtype)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.guard = GradientGuard(config.optimizer, device)
+        self.control = Control(lambda: max(wished_here(), reporter.order))
+        set_timeouts(config.failures.hang_seconds)  # not of uploads, whose group is made below
 
         storage = Storage(config.storage)
         manifest = TokenManifest.load(storage, config.data.tokens)
@@ -97,8 +118,19 @@ class Worker:
         self.store = CheckpointStore(storage, config.name)
         tokenizer = manifest.tokenizer(storage)
         self.marks = tokenizer.bos_id, tokenizer.eos_id
-        self.checkpointer = Checkpointer(self.store, tokenizer.model_bytes, config.checkpoint.keep)
+        self.checkpointer = Checkpointer(self.store, tokenizer.model_bytes, config.checkpoint)
+        self.registrar = Registrar(self.store)
         self.start_step = self._resume_or_initialize()
+        self.loaded = time.time()
+        self.blocked_seconds = 0.0
+        # Not before, for loading may take long.
+        self.watchdog = Watchdog(dist.get_rank(), config.failures.hang_seconds, reporter.put)
+        skipped_in_a_row = int(self.guard.state["skipped_in_a_row"].item())
+        self.report = StepReport(config, self.stream, skipped_in_a_row)
+
+    def close(self) -> None:
+        self.watchdog.close()
+        self.checkpointer.close()
 
     def _check_one_node(self) -> None:
         """Ray fills a node before the next, but a node may hold a broken number of groups."""
@@ -106,76 +138,97 @@ class Worker:
         nodes: list[str] = [""] * dist.get_world_size(group)
         dist.all_gather_object(nodes, node, group)
         if len(set(nodes)) > 1:
-            raise UserError(
+            elastic = self.config.parallel.min_data is not None
+            # Where nodes come and go, the next placement may be another.
+            raise (RuntimeError if elastic else UserError)(
                 f"parallel.tensor: a group of {len(nodes)} ranks was placed on "
                 f"{len(set(nodes))} nodes, whose links are too slow for it; choose a number of "
                 "ranks that divides those of a node"
             )
 
     def _resume_or_initialize(self) -> int:
-        committed = self.store.committed_steps()
-        if not committed:
+        found: list[str | None] = [None]
+        if dist.get_rank() == 0:  # for all, for what is newest may change meanwhile
+            self.store.clean_up()
+            found = [find_start(self.config, self.store.storage)]
+        dist.broadcast_object_list(found)
+        if (folder := found[0]) is None:
             initialize(self.model, self.config.seed)
             return 0
-        folder = self.store.path(committed[-1])
-        info = read_info(self.store.storage, folder)
-        if info.tokenizer_sha256 != self.tokenizer_sha256:
-            raise UserError(
-                f"data.tokens: {self.config.data.tokens} was tokenized with another tokenizer "
-                f"than {self.store.storage.url(folder)}; choose the tokens of that run or "
-                "another name"
-            )
-        load_sharded(self.store.storage, folder, training_state(self.model, self.optimizer))
-        return info.step
+        load_sharded(self.store.storage, folder, self._state())
+        return read_info(self.store.storage, folder).step
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Train to the last step. Yields what happens: {"event": "start" | "step" |
-        "validation" | "checkpoint" | "end", …}, figures global."""
+    def _state(self) -> dict[str, Any]:
+        return training_state(self.model, self.optimizer) | {"guard": self.guard.state}
+
+    def run(self) -> Iterator[Event]:
+        """Train to the last step, or until asked to stop. Yields what happens: {"event": "start" |
+        "step" | "validation" | "checkpoint" | "stopped" | "end", …}, figures global. Raises
+        `Leaving` once a checkpoint is saved where the run is to go on with other workers."""
         train = self.config.train
         peak, peak_source = peak_flops(self.device, self.dtype)
+        places: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(places, place())
         yield {
             "event": "start",
             "step": self.start_step,
+            "loaded": self.loaded,
+            "places": places,
             "peak_flops": peak,
             "peak_source": peak_source,
         }
         meter = Meter(self.config, peak)
-        losses: list[Tensor] = []  # since the last report; on the device, not to wait for it
-        replaced: list[Replaced] = []  # likewise, of the batches that this rank has read
+        replaced: list[Replaced] = []  # of the batches that this rank has read
         for step, batch in self._batches(replaced):
             meter.data_arrived()
-            loss, grad_norm = self.train_step(step, batch)
-            losses.append(loss)
+            self.watchdog.beat(step, "step")
+            self.control.begin(self.checkpointer.committed)
+            self.train_step(step, batch)
             meter.step_done()
             done, last = step + 1, step + 1 == train.steps
-            if done % train.log_every == 0 or last:
-                mean_loss, n_replaced = self._over_ranks(losses, len(replaced))
-                yield {
-                    "event": "step",
-                    "step": done,
-                    "loss": mean_loss,
-                    "grad_norm": grad_norm.item(),
-                    "lr": learning_rate(step, train.steps, self.config.optimizer),
-                    **meter.rates(),
-                    **({"replaced": self._all_replaced(replaced)} if n_replaced else {}),
-                }
-                losses.clear()
-                replaced.clear()
+            order, committed = self.control.agree()
+            saving = done % self.config.checkpoint.every == 0 or last or order is not Order.GO_ON
+            # Also before a save: what is not reported by then, a restart would forget.
+            if done % train.log_every == 0 or saving:
+                yield {"event": "step", "step": done, **self.report.take(replaced), **meter.rates()}
+                if self.report.diverged is not None:
+                    raise self.report.diverged
+            loss = None
+            self.watchdog.beat(step, "validation")
             if done % train.validate_every == 0 or last:
-                metrics = {"step": done, "validation_loss": self.validate()}
-                ray.train.report(metrics)
-                yield {"event": "validation", **metrics}
+                loss = self.validate()
+                yield {"event": "validation", "step": done, "validation_loss": loss}
                 meter.restart()
-            if done % self.config.checkpoint.every == 0 or last:
-                stopped = self.save(done)
-                yield {"event": "checkpoint", "step": done, "blocked_seconds": stopped}
+            if saving:
+                self.watchdog.beat(step, UPLOAD)
+                yield self.save(done, loss)
                 meter.restart()
-        self.checkpointer.wait()
+            self.watchdog.beat(step, "checkpoint")
+            self.registrar.register(committed)
+            if order is not Order.GO_ON and not last:
+                yield from self._leave(done, order)
+                return
+            self.watchdog.beat(done, "data")
+        self._finish_saving(train.steps)
         yield {"event": "end", "step": train.steps}
 
-    def train_step(self, step: int, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on batch [B/dp, S+1]. Returns (this rank's share of the global batch's
-        mean loss in nats per token, gradient norm before clipping), both scalars on the device."""
+    def _leave(self, done: int, order: Order) -> Iterator[Event]:
+        self._finish_saving(done)
+        if order is Order.RESTART:
+            yield {"event": "left", "step": done}
+            raise Leaving(f"saved at step {done}")
+        yield {"event": "stopped", "step": done}
+
+    def _finish_saving(self, step: int) -> None:
+        self.watchdog.beat(step, UPLOAD)
+        self.checkpointer.wait()
+        self.registrar.register(self.checkpointer.committed)
+        dist.barrier(self.control.group)  # none is gone while another still saves
+
+    def train_step(self, step: int, batch: Tensor) -> None:
+        """One optimizer step on batch [B/dp, S+1], skipped on the device where the gradients would
+        do harm. `self.report` takes this rank's share of the global batch's mean loss in nats per
+        token, the gradient norm before clipping, and whether it was skipped."""
         config = self.config
         rate = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(self.optimizer, rate)
@@ -188,9 +241,13 @@ class Worker:
             total += loss.detach()
         finish_gradients(self.model)
         grad_norm = clip_grad_norm(self.model, config.optimizer.clip_norm)
+        self.checkpointer.before_update()
+        skipped = self.guard.judge(grad_norm)
+        # What mixed-precision scalers tell the fused AdamW in the same way.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, grad_norm
+        self.report.add(step, total, grad_norm, skipped)
 
     def _nats(self, batch: Tensor) -> Tensor:
         """The summed loss of tokens [B,S+1]."""
@@ -199,23 +256,6 @@ class Worker:
         if self.config.data.mask_documents:
             attend = DocumentAttention(inputs, *self.marks)
         return self.model(inputs, batch[:, 1:], attend=attend)
-
-    def _over_ranks(self, shares: list[Tensor], n_replaced: int) -> tuple[float, int]:
-        """Mean over steps of what the data-parallel ranks' shares of the loss add up to; and how
-        many samples of their batches were replaced."""
-        mean = torch.stack(shares).mean()
-        sums = torch.stack((mean, mean.new_tensor(n_replaced)))
-        dist.all_reduce(sums, group=get_data_parallel_group())
-        return sums[0].item(), int(sums[1].item())
-
-    def _all_replaced(self, mine: list[Replaced]) -> list[dict[str, Any]]:
-        """Those of all data-parallel ranks, by step and index."""
-        every: list[list[Replaced]] = [[]] * self.config.parallel.data
-        dist.all_gather_object(every, mine, group=get_data_parallel_group())
-        return sorted(
-            (asdict(sample) for samples in every for sample in samples),
-            key=itemgetter("step", "index"),
-        )
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -235,17 +275,24 @@ class Worker:
         dist.all_reduce(sums, group=get_data_parallel_group())
         return (sums[0] / sums[1]).item()
 
-    def save(self, step: int) -> float:
-        """Checkpoint after `step` steps, in the background. Returns the seconds lost."""
-        start = time.perf_counter()
+    def save(self, step: int, validation_loss: float | None) -> Event:
+        """Checkpoint after `step` steps, in the background. Returns what to report."""
+        parallel, before = self.config.parallel, self.blocked_seconds
         info = CheckpointInfo(
             model=self.config.model,
             step=step,
             tokens_seen=step * self.config.tokens_per_step,
             tokenizer_sha256=self.tokenizer_sha256,
+            seed=self.config.seed,
+            validation_loss=validation_loss,
+            layout={"tensor": parallel.tensor, "data": parallel.data, "shard": parallel.shard_size},
+            config=self.config.model_dump(mode="json"),
         )
-        self.checkpointer.save(training_state(self.model, self.optimizer), info)
-        return time.perf_counter() - start
+        self.checkpointer.save(self._state(), info)
+        self.registrar.saved.append(info)
+        self.blocked_seconds = self.checkpointer.blocked_seconds
+        blocked = self.blocked_seconds - before  # of this save, and of the last one's end
+        return {"event": "checkpoint", "step": step, "blocked_seconds": blocked}
 
     def _batches(self, replaced: list[Replaced]) -> Iterator[tuple[int, Tensor]]:
         """(step, tokens [B/dp, S+1] int64) from the first step to do to the last. The first rank of
@@ -269,40 +316,3 @@ class Worker:
 
     def _to_device(self, tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(tokens).to(self.device)
-
-
-@dataclass
-class Meter:
-    """Rates since the last report; validation and checkpoints are not counted as training."""
-
-    config: PretrainConfig
-    peak_flops: float
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self.waited = 0, 0.0
-        self.started = self.last_step_end = time.perf_counter()
-
-    def data_arrived(self) -> None:
-        self.waited += time.perf_counter() - self.last_step_end
-
-    def step_done(self) -> None:
-        self.steps += 1
-        self.last_step_end = time.perf_counter()
-
-    def rates(self) -> dict[str, float]:
-        """tokens per second, MFU and the share of time spent waiting for data; then start anew."""
-        elapsed = time.perf_counter() - self.started
-        tokens_per_second = self.steps * self.config.tokens_per_step / elapsed
-        flops = self.config.model.flops_per_token(self.config.data.seq_len)
-        rates = {
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * flops / self.peak_flops,
-            "data_wait": self.waited / elapsed,
-            "seconds": elapsed,
-            "steps": self.steps,
-        }
-        self.restart()
-        return rates

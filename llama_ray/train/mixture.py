@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_ray.data.mixture import MANY_EPOCHS, asked_shares
+from llama_ray.data.mixture import MANY_EPOCHS, asked_samples
 from llama_ray.data.stream import TokenStream
 from llama_ray.format import count, print_table
 
@@ -35,16 +35,21 @@ def drawn(stream: TokenStream, steps: int) -> dict[str, dict[str, Any]]:
     """Source → `asked`: its share of the samples of `steps` steps as the weights would have it,
     `drawn`: what it is, `samples`, `epochs`. Samples are drawn by their number alone, so a run that
     was interrupted has drawn what one that was not has."""
-    samples = steps * stream.batch_size
-    asked = asked_shares(stream.stages, samples)
+    size = stream.batch_size
+    asked: dict[str, float] = {}
+    for run in stream.skipped.runs(0, steps):
+        for source, n in asked_samples(stream.stages, run.start * size, run.stop * size).items():
+            asked[source] = asked.get(source, 0.0) + n
+    samples = stream.samples(steps)
+    tokens = {source.name: source.tokens for source in stream.order.streams}
     return {
-        source.name: {
-            "asked": asked[source.name],
-            "drawn": n / samples,
+        source: {
+            "asked": asked[source] / (steps * size),
+            "drawn": n / (steps * size),
             "samples": n,
-            "epochs": n * stream.seq_len / source.tokens,
+            "epochs": n * stream.seq_len / tokens[source],
         }
-        for source, n in zip(stream.order.streams, stream.order.counts_before(samples), strict=True)
+        for source, n in samples.items()
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 import time
 from collections import defaultdict
 from typing import Any
@@ -14,11 +16,16 @@ from llama_ray.format import bar, count, duration, print_table, si
 from llama_ray.storage import Storage
 from llama_ray.train.mixture import drawn, print_drawn
 from llama_ray.train.plot import loss_curve
+from llama_ray.train.verdict import verdict
 
 HEADER = (
     f"{'step':>8}  {'loss':>7}  {'valid':>7}  {'lr':>8}  {'‖g‖':>6}  {'tokens/s':>8}  "
     f"{'MFU':>6}  {'data wait':>9}  {'':16}  {'left':>8}"
 )
+
+MEASURED = {"step", "validation", "checkpoint", "mixture"}
+# For how long a job that ends waits for its last figures to be written.
+WRITE_SECONDS = 30.0
 
 
 class Monitor:
@@ -34,29 +41,88 @@ class Monitor:
         self.config, self.storage, self.manifest = config, storage, manifest
         self.stream = stream
         self.folder = f"runs/{config.name}"
-        self.records: list[dict[str, Any]] = []
+        self.records = self._stored()
+        self.step = 0  # that was last heard of
+        self.ended = False
+        self.writing = threading.Thread()
         self.row = ""
         self.began = time.monotonic()
+        self.places: list[str] = []
+        self.reports: list[dict[str, Any]] = []  # of ranks that stand still
+        self.verdict_at = math.inf
+        self.restarting_since = math.inf
+        """When workers were lost whose successors have not reported yet, in `time.monotonic()`."""
 
     def handle(self, event: dict[str, Any]) -> None:
-        event = event | {"tokens": event["step"] * self.config.tokens_per_step, "time": time.time()}
+        """A method for each kind of event."""
+        self.step = event.setdefault("step", self.step)
+        event.setdefault("time", time.time())
+        event["tokens"] = event["step"] * self.config.tokens_per_step
         getattr(self, f"_{event['event']}")(event)
+
+    def tick(self) -> None:
+        """To be called now and then."""
+        if time.monotonic() >= self.verdict_at:
+            self.verdict_at = math.inf
+            self._flush_row()
+            found = verdict(self.reports, self.places)
+            hang = {"event": "hang", "step": self.step, "verdict": found, "time": time.time()}
+            self.records.append(hang)
+            print(found)
+
+    def _stall(self, event: dict[str, Any]) -> None:
+        self.reports.append(event)
+        # The others' reports follow, within a tenth of the timeout.
+        wait = 0.1 * self.config.failures.hang_seconds + 0.5
+        self.verdict_at = min(self.verdict_at, time.monotonic() + wait)
+
+    def _failure(self, event: dict[str, Any]) -> None:
+        self.reports.append(event)
 
     def finish(self) -> None:
         """Write what has been gathered, also when the run has failed."""
         self._flush_row()
+        self._wait_for_writing()
         if self.records:
             self._write()
+            self._wait_for_writing()
+        if self.writing.is_alive():
+            print(f"warning: {self.storage.url(self.folder)}/metrics.jsonl is not up to date")
 
     def _start(self, event: dict[str, Any]) -> None:
-        self.step, self.rate = event["step"], 0.0
+        self._flush_row()
+        self.rate, self.restarting_since = 0.0, math.inf
+        self.places, self.reports, self.verdict_at = event["places"], [], math.inf
+        # What was measured beyond the checkpoint is measured again.
+        self.records = [
+            r for r in self.records if r["step"] <= event["step"] or r["event"] not in MEASURED
+        ] + [event]
+        ranks = f"{len(self.places)} ranks"
+        start = "starting"
         if event["step"]:
-            print(f"resuming from the checkpoint of step {event['step']:,}")
-            self.records = self._earlier_records(event["step"])
+            start = f"resuming from the checkpoint of step {event['step']:,}"
         print(
-            f"first step after {duration(time.monotonic() - self.began)} of start-up; MFU is of "
+            f"{start} on {ranks} after {duration(time.monotonic() - self.began)}; MFU is of "
             f"{si(event['peak_flops'])}FLOP/s ({event['peak_source']})\n\n{HEADER}"
         )
+
+    def _failed(self, event: dict[str, Any]) -> None:
+        self._flush_row()
+        self.began = self.restarting_since = time.monotonic()
+        self.records.append(event)
+        for rank, reason in event["ranks"].items():
+            print(f"rank {rank} failed: {reason}")
+
+    def _left(self, event: dict[str, Any]) -> None:
+        self._flush_row()
+        self.began = self.restarting_since = time.monotonic()
+        self.records.append(event)
+        print(f"saved at step {event['step']:,}; the workers are started anew")
+
+    def _stopped(self, event: dict[str, Any]) -> None:
+        self._flush_row()
+        self.records.append(event)
+        print(f"stopped: saved at step {event['step']:,}; submit the job again to go on")
 
     def _step(self, event: dict[str, Any]) -> None:
         self._flush_row()
@@ -71,6 +137,12 @@ class Monitor:
             f"{event['grad_norm']:>6.2f}  {event['tokens_per_second']:>8,.0f}  "
             f"{event['mfu']:>6.1%}  {event['data_wait']:>9.1%}  {bar(done)}  {duration(left):>8}"
         )
+        for skipped in event.get("skipped", []):
+            print(
+                f"step {skipped['step']:,} skipped: gradient norm {skipped['grad_norm']:.3g}, loss "
+                f"{skipped['loss']:.3f}, samples {skipped['samples'][0]:,} to "
+                f"{skipped['samples'][1]:,}"
+            )
         self._print_replaced(event.get("replaced", []))
         if (
             event["step"] % self.config.train.validate_every
@@ -84,7 +156,7 @@ class Monitor:
         for sample in samples:
             by_damage[sample["shard"], sample["what"]].append(sample)
         for (shard, what), those in by_damage.items():
-            first = f"step {those[0]['step']:,}, index {those[0]['index']:,}"
+            first = f"batch {those[0]['step']:,}, index {those[0]['index']:,}"
             others = f" and {len(those) - 1:,} more" if len(those) > 1 else ""
             print(f"replaced: {first}{others}: {self.storage.url(shard)} {what}")
 
@@ -105,6 +177,7 @@ class Monitor:
         sources = drawn(self.stream, event["step"])
         mixture = {"event": "mixture", "sources": sources, "replaced": n_replaced}
         self.records.append(event | mixture)
+        self.ended = True
         last = {r["event"]: r for r in self.records}
         entropy = self.manifest.unigram_entropy_nats
         loss = last["validation"]["validation_loss"]
@@ -130,17 +203,43 @@ class Monitor:
             print(self.row.format(valid=valid))
             self.row = ""
 
-    def _earlier_records(self, step: int) -> list[dict[str, Any]]:
-        """What the run measured before it was interrupted, up to the checkpoint."""
+    def _stored(self) -> list[dict[str, Any]]:
+        """What earlier jobs of this run have measured."""
         try:
             lines = self.storage.read(f"{self.folder}/metrics.jsonl").decode().splitlines()
         except FileNotFoundError:
             return []
-        return [record for line in lines if (record := json.loads(line))["step"] <= step]
+        return [json.loads(line) for line in lines]
+
+    def _wait_for_writing(self) -> None:
+        if self.writing.is_alive():
+            self.writing.join(WRITE_SECONDS)
 
     def _write(self) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        self.storage.write(f"{self.folder}/metrics.jsonl", lines.encode())
+        """In a thread, for storage may be away. While it is at it, nothing else is written."""
+        if self.writing.is_alive():
+            return
+        lines = "".join(json.dumps(_finite(record)) + "\n" for record in self.records)
         title = f"{self.config.name}: LLaMA {count(self.config.model.n_params)}"
         plot = loss_curve(self.records, title, self.manifest.unigram_entropy_nats)
-        self.storage.write(f"{self.folder}/loss.png", plot)
+
+        def write() -> None:
+            try:
+                self.storage.write(f"{self.folder}/metrics.jsonl", lines.encode())
+                self.storage.write(f"{self.folder}/loss.png", plot)
+            except Exception as error:
+                print(f"warning: the run's metrics could not be written: {error}")
+
+        self.writing = threading.Thread(target=write, daemon=True)
+        self.writing.start()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity: their names instead."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value

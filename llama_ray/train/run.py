@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import pyarrow.fs
 import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 from llama_ray.checkpoint.store import CheckpointStore
 from llama_ray.config.load import differences
 from llama_ray.config.pretrain import PretrainConfig
 from llama_ray.data.shards import TokenManifest
 from llama_ray.errors import UserError
+from llama_ray.format import duration
 from llama_ray.local import connect
 from llama_ray.storage import Storage
 from llama_ray.train.allocator import KEEP_FREED_MEMORY
+from llama_ray.train.board import Order, open_board
 from llama_ray.train.loop import open_stream, train_worker
 from llama_ray.train.mixture import print_plan
 from llama_ray.train.monitor import Monitor
+from llama_ray.train.register import patient_filesystem
+from llama_ray.train.start import check_start, find_start
+from llama_ray.train.trainer import RunTrainer, WorkerEvents
 
 # Keys that may differ between a run and its continuation: they change neither the model nor the
 # order of its tokens.
@@ -32,6 +40,10 @@ FREE_KEYS = {
     "data.window_steps",
     "data.prefetch_windows",
     "data.on_corrupt",
+    "data.skip_steps",
+    "failures",
+    "optimizer.spike_factor",
+    "optimizer.max_skipped",
     "train.micro_batch_size",
     "train.recompute",
     "train.compile",
@@ -41,29 +53,61 @@ FREE_KEYS = {
 }
 
 
+# Workers that were lost are replaced within this time where there is room.
+QUIET_SECONDS = 10.0
+
+
 def pretrain(config: PretrainConfig) -> None:
-    """Train to the last step, resuming where a committed checkpoint is. Raises `UserError`."""
+    """Train to the last step, resuming where a committed checkpoint is. Raises `UserError`; and
+    SystemExit(143) after SIGTERM, once a checkpoint is saved."""
     storage = Storage(config.storage)
     storage.check_writable()
     manifest = TokenManifest.load(storage, config.data.tokens)
     check_against_tokens(config, storage, manifest)
-    committed = CheckpointStore(storage, config.name).committed_steps()
-    check_against_earlier_run(config, storage, bool(committed))
-    if committed and committed[-1] >= config.train.steps:
-        folder = CheckpointStore(storage, config.name).path(committed[-1])
-        print(f"nothing to do: {config.name} is trained, its checkpoint is {storage.url(folder)}")
+    store = CheckpointStore(storage, config.name)
+    if is_trained(config, storage, manifest):
         return
     connect()
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.parallel.world_size
+    board = open_board(config)
+    # Once more: until now another job may have been at work on it.
+    if is_trained(config, storage, manifest):
+        return
+    store.clean_up()
+    config = config.with_start(find_start(config, storage))
+    fewest = config.usable_data()[0] * config.parallel.tensor
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= fewest
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_group_fits_a_node(config, nodes, use_gpu)
-    storage.write_json(f"runs/{config.name}/job.json", config.model_dump())
+    storage.write_json(f"runs/{config.name}/job.json", config.model_dump(mode="json"))
     check_resources(config)
     stream = open_stream(config, storage, manifest)
     print_plan(stream, config.train.steps)
-    events = Queue(actor_options={"num_cpus": 0})
     monitor = Monitor(config, storage, manifest, stream)
-    trainer = make_trainer(config, storage, events, use_gpu)
+    watch(make_trainer(config, storage, board, use_gpu), board, monitor)
+
+
+def is_trained(config: PretrainConfig, storage: Storage, manifest: TokenManifest) -> bool:
+    """Whether nothing is left to do, and say so. Raises `UserError` where the run cannot go on from
+    what there is."""
+    store = CheckpointStore(storage, config.name)
+    committed = store.committed_steps()
+    check_against_earlier_run(config, storage, committed)
+    if (start := find_start(config, storage)) is None:
+        return False
+    info = check_start(config, storage, start, manifest.tokenizer_sha256)
+    if info.step < config.train.steps:
+        return False
+    if not committed:
+        raise UserError(
+            f"train.steps: {config.train.steps:,} leaves nothing to do: {storage.url(start)}, from "
+            f"which {config.name!r} is to start, is of step {info.step:,}; ask for more"
+        )
+    print(f"nothing to do: {config.name} is trained: {storage.url(start)}")
+    return True
+
+
+def watch(trainer: RunTrainer, board: Any, monitor: Monitor) -> None:
+    """Until the run ends, or is stopped by SIGTERM or Ctrl-C."""
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -72,45 +116,104 @@ def pretrain(config: PretrainConfig) -> None:
         except BaseException as error:
             failure.append(error)
 
+    stop = StopSignal(trainer.config.failures.grace_seconds)
     thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive() or not events.empty():
-            try:
-                monitor.handle(events.get(timeout=1))
-            except Empty:
-                continue
-    finally:
-        monitor.finish()
+    with stop:
+        thread.start()
+        try:
+            while thread.is_alive():
+                if stop.is_new():
+                    board.ask.remote(Order.STOP)
+                for event in ray.get(board.take.remote(timeout=0.5)):
+                    monitor.handle(event)
+                monitor.tick()
+                if time.monotonic() > monitor.restarting_since + QUIET_SECONDS:
+                    check_resources(trainer.config)
+                    monitor.restarting_since = math.inf
+                if stop.overdue():
+                    break
+            for event in ray.get(board.take.remote(timeout=0)):
+                monitor.handle(event)
+        finally:
+            ray.kill(board)
+            monitor.finish()
     if failure:
         raise failure[0]
+    if stop.received and not monitor.ended:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
-def make_trainer(
-    config: PretrainConfig, storage: Storage, events: Queue, use_gpu: bool
-) -> TorchTrainer:
-    parallel = config.parallel
+class StopSignal:
+    """SIGTERM (`ray job stop`, a node going down) or Ctrl-C, as a flag. The second ends at once."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.grace_seconds = grace_seconds
+        self.received = self.told = 0.0
+
+    def __enter__(self) -> None:
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = time.monotonic()
+
+    def is_new(self) -> bool:
+        """True once."""
+        if self.received and not self.told:
+            self.told = self.received
+            print(f"saving a checkpoint: {duration(self.grace_seconds)} (failures.grace_seconds)")
+            return True
+        return False
+
+    def overdue(self) -> bool:
+        if self.received and time.monotonic() - self.received > self.grace_seconds:
+            print("not saved in time; the run is left at its last committed checkpoint")
+            return True
+        return False
+
+
+def make_trainer(config: PretrainConfig, storage: Storage, board: Any, use_gpu: bool) -> RunTrainer:
+    parallel, failures = config.parallel, config.failures
     if not use_gpu and (n_gpus := ray.cluster_resources().get("GPU", 0)):
         print(f"training on CPUs: {parallel.world_size} ranks, but {n_gpus:g} GPUs in the cluster")
+    fewest, most = (n * parallel.tensor for n in (config.usable_data()[0], parallel.data))
     scaling = ScalingConfig(
-        num_workers=parallel.world_size,
+        num_workers=most if fewest == most else (fewest, most),
         use_gpu=use_gpu,
         resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         placement_strategy="PACK",  # fills a node before the next: neighbours in rank share one
+        elastic_resize_monitor_interval_s=parallel.resize_seconds,
     )
+    patience = {"retry_seconds": config.checkpoint.deadline_seconds}
+    patient = storage.config.model_copy(update=patience)
+    # Ray Train's own record of an earlier job of this run: it may name checkpoints since removed.
+    storage.delete(f"runs/{config.name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
+    callbacks: list[Any] = [WorkerEvents(board)]
     run = RunConfig(
         name=config.name,
-        storage_path=storage.path(f"runs/{config.name}/ray_train"),
-        storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs)),
-        # mypy sees Train V1's class.
-        worker_runtime_env=None if use_gpu else {"env_vars": KEEP_FREED_MEMORY},  # type: ignore[call-arg]
+        storage_path=storage.path("runs"),
+        storage_filesystem=patient_filesystem(Storage(patient)),
+        callbacks=callbacks,
+        worker_runtime_env=None if use_gpu else {"env_vars": KEEP_FREED_MEMORY},
     )
-    return TorchTrainer(
+    return RunTrainer(
         train_worker,
-        train_loop_config={"config": config, "events": events},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        train_loop_config={"config": config, "board": board},
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=math.ceil(failures.hang_seconds)
+        ),
         scaling_config=scaling,
         run_config=run,
+        config=config,
+        board=board,
     )
 
 
@@ -134,8 +237,11 @@ def check_against_tokens(config: PretrainConfig, storage: Storage, manifest: Tok
     open_stream(config, storage, manifest).validation_sequences(1)
 
 
-def check_against_earlier_run(config: PretrainConfig, storage: Storage, committed: bool) -> None:
-    """A run of this name with checkpoints may only be continued as what it was."""
+def check_against_earlier_run(
+    config: PretrainConfig, storage: Storage, committed: Sequence[int]
+) -> None:
+    """A run of this name with checkpoints may only be continued as what it was. committed: their
+    steps."""
     if not committed:
         return
     if config.checkpoint.resume == "never":
@@ -152,7 +258,7 @@ def check_against_earlier_run(config: PretrainConfig, storage: Storage, committe
         ) from None
     changed = [
         f"{key} was {before!r}, is {now!r}"
-        for key, (before, now) in differences(earlier, config.model_dump()).items()
+        for key, (before, now) in differences(earlier, config.model_dump(mode="json")).items()
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
     if changed:
@@ -185,7 +291,8 @@ def check_group_fits_a_node(
 
 def check_resources(config: PretrainConfig) -> None:
     """Say what Ray Train waits for: it does so silently, and without an autoscaler for ever."""
-    wanted = config.parallel.world_size * config.parallel.cpus_per_worker
+    fewest = config.usable_data()[0] * config.parallel.tensor
+    wanted = fewest * config.parallel.cpus_per_worker
     free = ray.available_resources().get("CPU", 0)
     if wanted > free:
         print(

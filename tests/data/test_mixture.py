@@ -6,7 +6,7 @@ import pytest
 
 from llama_ray.config.load import validate
 from llama_ray.config.pretrain import PAPER_WEIGHTS, DataConfig
-from llama_ray.data.mixture import Stage, asked_shares, stages
+from llama_ray.data.mixture import Stage, asked_samples, stages
 from llama_ray.errors import UserError
 
 TOKENS = {"books": 1000, "code": 3000, "web": 96_000}
@@ -76,8 +76,9 @@ def test_stages_begin_at_their_steps() -> None:
         Stage(40, {"books": 3000, "code": 3000}),
         Stage(100, {"books": 1}),
     ]
-    assert asked_shares(found, 20) == pytest.approx({"web": 1, "books": 0, "code": 0})
-    assert asked_shares(found, 200) == pytest.approx({"web": 0.2, "books": 0.65, "code": 0.15})
+    assert asked_samples(found, 0, 20) == pytest.approx({"web": 20, "books": 0, "code": 0})
+    assert asked_samples(found, 0, 200) == pytest.approx({"web": 40, "books": 130, "code": 30})
+    assert asked_samples(found, 30, 110) == pytest.approx({"web": 10, "books": 40, "code": 30})
 
 
 @pytest.mark.parametrize(

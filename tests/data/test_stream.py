@@ -117,6 +117,22 @@ def test_ray_data_delivers_what_direct_reads_give(ray_cluster: object, storage: 
     got[0].tokens[0, 0] = 7  # the loop may write to it
 
 
+def test_skipped_batches_are_not_read_and_steps_go_on(
+    ray_cluster: object, storage: Storage
+) -> None:
+    tokens = make(storage, window_steps=2, prefetch_windows=3, skip_steps=[[3, 4], [9, 9]])
+    got = list(tokens.rank_batches(0, 1, 1, 12))
+    assert [batch.step for batch in got] == list(range(1, 12))
+    batches = [1, 2, 5, 6, 7, 8, 10, 11, 12, 13, 14]
+    expected = np.concatenate([read(tokens, n, n + 1) for n in batches])
+    assert (np.stack([batch.tokens for batch in got]) == expected).all()
+    # What is counted is what was delivered.
+    first = list(tokens.rank_batches(0, 1, 0, 12))
+    books = sum(int((batch.tokens[:, 0] < 1_000_000).sum()) for batch in first)
+    assert sum(tokens.samples(12).values()) == 12 * BATCH
+    assert sorted(tokens.samples(12).values()) == sorted((books, 12 * BATCH - books))
+
+
 @settings(deadline=None, max_examples=4)
 @given(
     mixture=mixtures,

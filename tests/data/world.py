@@ -58,10 +58,12 @@ def prepare_config(
     )
 
 
-def numbered_tokens(root: Path, shards: dict[str, list[int]], name: str = "numbered") -> Storage:
+def numbered_tokens(
+    root: Path | Storage, shards: dict[str, list[int]], name: str = "numbered"
+) -> Storage:
     """Tokens without a corpus: source → tokens per shard. Each training token is its own position
     in its source, plus a million per source, so that a test sees where it came from."""
-    storage = Storage(StorageConfig(url=f"file://{root}"))
+    storage = root if isinstance(root, Storage) else Storage(StorageConfig(url=f"file://{root}"))
     sources: dict[str, dict[Split, SplitManifest]] = {}
     for number, (source, sizes) in enumerate(shards.items()):
         ids = np.arange(sum(sizes), dtype=np.uint32) + number * 1_000_000

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_ray.checkpoint.hf import hf_config, to_hf
 from llama_ray.checkpoint.load import LoadedModel
 from llama_ray.engine import (
     AsyncEngine,
@@ -21,6 +20,8 @@ from llama_ray.engine import (
     TokenDelta,
 )
 from llama_ray.errors import UserError
+from llama_ray.formats.hf_config import hf_config
+from llama_ray.formats.hf_layout import to_hf
 from tests.engine.conftest import MakeEngine
 
 OPENINGS = [

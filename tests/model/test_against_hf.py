@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_ray.checkpoint.hf import from_hf, hf_config, to_hf
-from llama_ray.checkpoint.llama2c import load_llama2c
 from llama_ray.config import ModelConfig
-from llama_ray.errors import UserError
+from llama_ray.formats.hf_config import hf_config
+from llama_ray.formats.hf_layout import from_hf, to_hf
+from llama_ray.formats.llama2c import open_llama2c
 from llama_ray.model.llama import LLaMA
+from tests.formats.models import place
 
 STORIES = "models/stories260K/stories260K.bin"
 
@@ -93,28 +93,13 @@ def test_parameter_counts_of_the_paper(preset: str, parameters: int) -> None:
 
 
 def test_stories260k_logits(shared: Path) -> None:
-    path = shared / STORIES
-    config, weights = load_llama2c(path.read_bytes(), str(path))
+    source = open_llama2c(place(shared / STORIES))
+    config = source.config
+    weights = {name: source.read(name) for name in source.tensors}
+    weights["output.weight"] = weights["tok_embeddings.weight"]
     assert (config.n_heads, config.n_kv_heads, config.tie_embeddings) == (8, 4, True)
     ours = LLaMA(config)
     ours.load_state_dict(weights)
     tokens = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert_close("logits", ours(tokens), hugging_face(config, weights)(tokens).logits)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda data: data[:10], "only 10 bytes"),
-        (lambda data: data[:-1000], "truncated"),
-        (lambda data: data + b"\0\0\0\0", "longer than it should be"),
-        (lambda data: b"\x07" * len(data), "no llama2.c checkpoint"),
-        (lambda data: b"24ka" + data[4:], "export.py --version 0"),
-    ],
-)
-def test_llama2c_refuses_what_is_not_whole(
-    damage: Callable[[bytes], bytes], reason: str, shared: Path
-) -> None:
-    with pytest.raises(UserError, match=f"model.bin: .*{reason}"):
-        load_llama2c(damage((shared / STORIES).read_bytes()), "model.bin")

@@ -13,15 +13,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llama_ray.checkpoint.hf import to_hf
-from llama_ray.checkpoint.sharded import load_sharded, training_state
+from llama_ray.checkpoint.checkpointer import Checkpointer
+from llama_ray.checkpoint.manifest import CheckpointInfo
+from llama_ray.checkpoint.sharded import load_sharded
+from llama_ray.checkpoint.state import training_state
+from llama_ray.checkpoint.store import CheckpointStore
 from llama_ray.config import ModelConfig, StorageConfig
-from llama_ray.config.pretrain import OptimizerConfig
+from llama_ray.config.pretrain import CheckpointConfig, OptimizerConfig
+from llama_ray.formats.hf_layout import to_hf
 from llama_ray.model import LLaMA, llama
 from llama_ray.model.projection import Weight
 from llama_ray.parallel import copy_shard, initialize, reshard
@@ -295,12 +298,16 @@ def load_after_more_steps(rank: int, config: ModelConfig, layout: Layout, folder
     with laid_out(config, layout) as (model, _):
         optimizer, tokens = build_optimizer(model, OPTIMIZER), batch(config, 0)
         saved = loss_of(model, tokens)
-        dcp.save(training_state(model, optimizer), checkpoint_id=folder)
+        storage = Storage(StorageConfig(url=f"file://{folder}"))
+        store = CheckpointStore(storage, "run")
+        checkpointer = Checkpointer(store, b"", CheckpointConfig())
+        info = CheckpointInfo(model=config, step=0, tokens_seen=0, tokenizer_sha256="")
+        checkpointer.save(training_state(model, optimizer), info)
+        checkpointer.close()
         backward(model, tokens, layout)
         optimizer.step()
         assert loss_of(model, tokens) < 0.99 * saved
-        storage = Storage(StorageConfig(url=f"file://{folder.parent}"))
-        load_sharded(storage, folder.name, training_state(model, optimizer))
+        load_sharded(storage, store.path(0), training_state(model, optimizer))
         assert torch.equal(loss_of(model, tokens), saved)
 
 

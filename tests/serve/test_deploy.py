@@ -58,7 +58,7 @@ def test_a_deployment_that_cannot_be_says_why(port: int, tmp_path: Path) -> None
 
     # This one is found by the replica, and comes back as the deployment's status.
     (tmp_path / "broken.bin").write_bytes(b"short")
-    broken = [f"args.checkpoint={tmp_path}/broken.bin", f"args.tokenizer={tmp_path}/no.model"]
+    broken = [f"args.checkpoint={tmp_path}/broken.bin", f"args.tokenizer={tmp_path}/broken.bin"]
     with pytest.raises(UserError, match=r"broken.bin: is no llama2.c checkpoint: only 5 bytes"):
         deploy(load_config(CONFIG, [at_port, *broken]))
     messages = [d.message for d in serve.status().applications["llama"].deployments.values()]

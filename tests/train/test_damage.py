@@ -101,5 +101,5 @@ def test_a_run_that_stopped_is_resumed_without_what_is_damaged(
     assert mixture["replaced"] == len(expected)
     assert mixture["sources"]["web"]["samples"] == STEPS * 8
     assert f"{len(expected)} of these were trained on in the place of others" in output
-    assert "replaced: step 7, index 7: file://" in output
-    assert "replaced: step 8, index 0 and 31 more: file://" in output
+    assert "replaced: batch 7, index 7: file://" in output
+    assert "replaced: batch 8, index 0 and 31 more: file://" in output

@@ -16,41 +16,55 @@ from torch import Tensor
 
 from llama_ray.config.model import ModelConfig
 from llama_ray.errors import UserError
+from llama_ray.formats.place import Place
+from llama_ray.formats.source import TensorInfo, check_layers, check_tensors
 
 _HEADER = struct.Struct("<7i")
 _MAGIC = b"24ka"  # first bytes of versions 1 and 2: 0x616b3432, little-endian
 _NORM_EPS = 1e-5  # not in the file: `rmsnorm` in run.c
 
 
-def load_llama2c(data: bytes, where: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The file's bytes → its config and float32 weights under our names.
+def open_llama2c(file: Place, tokenizer: bytes | None = None) -> Llama2cSource:
+    """Raises `UserError` for anything but a whole version-0 file. tokenizer: none comes with it."""
+    size = file.files().get("")
+    if size is None:
+        raise UserError(f"{file.url}: there is no such file; check the path")
+    return Llama2cSource(file, size, tokenizer)
 
-    All names of `LLaMA.state_dict()`; a tied output projection is the embedding's very tensor.
-    Raises `UserError`, starting with `where`, for anything but a whole version-0 file.
-    """
-    config = _parse_header(data, where)
-    tensors = list(_layout(config))
-    expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in tensors)
-    if len(data) != expected:
-        state = "truncated" if len(data) < expected else "longer than it should be"
-        raise UserError(
-            f"{where}: the file is {state}: its header (dim {config.dim}, {config.n_layers} layers,"
-            f" vocabulary {config.vocab_size}) asks for {expected:,} bytes, it has {len(data):,}"
-        )
-    # A copy of our own: tensors over `bytes` would be read-only memory.
-    values = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=_HEADER.size)
-    parts = values.split([math.prod(shape) for _, shape in tensors])
-    state_dict: dict[str, Tensor] = {}
-    for (name, shape), part in zip(tensors, parts, strict=True):
-        tensor = part.view(shape)
-        if not name:
-            continue
-        if "{}" in name:
-            state_dict |= {name.format(i): layer for i, layer in enumerate(tensor)}
-        else:
-            state_dict[name] = tensor
-    state_dict.setdefault("output.weight", state_dict["tok_embeddings.weight"])
-    return config, state_dict
+
+class Llama2cSource:
+    """A `WeightSource`. The header is read at once, weights when asked for."""
+
+    def __init__(self, file: Place, size: int, tokenizer: bytes | None) -> None:
+        self.description = file.url
+        self.tokenizer = tokenizer
+        self._file = file
+        self.config = _parse_header(file.read_range(0, min(_HEADER.size, size)), file.url)
+        c = self.config
+        arrays = list(_layout(c))
+        expected = _HEADER.size + 4 * sum(math.prod(shape) for _, shape in arrays)
+        if size != expected:
+            state = "truncated" if size < expected else "longer than it should be"
+            raise UserError(
+                f"{file.url}: the file is {state}: its header (dim {c.dim}, {c.n_layers} layers, "
+                f"vocabulary {c.vocab_size}) asks for {expected:,} bytes, it has {size:,}"
+            )
+        check_layers(c, file.url)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._starts: dict[str, int] = {}
+        start = _HEADER.size
+        for name, shape in arrays:
+            for tensor_name, tensor_shape in _each(name, shape):
+                if tensor_name:
+                    self.tensors[tensor_name] = TensorInfo(tensor_shape, torch.float32)
+                    self._starts[tensor_name] = start
+                start += 4 * math.prod(tensor_shape)
+        check_tensors(self)
+
+    def read(self, name: str) -> Tensor:
+        tensor = torch.empty(self.tensors[name].shape)
+        self._file.read_into(self._starts[name], tensor)
+        return tensor
 
 
 def _parse_header(data: bytes, where: str) -> ModelConfig:
@@ -61,9 +75,7 @@ def _parse_header(data: bytes, where: str) -> ModelConfig:
             f"{where}: is a llama2.c checkpoint of version 1 or later; "
             "export it again with `export.py --version 0`"
         )
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = _HEADER.unpack(
-        data[: _HEADER.size]
-    )
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = _HEADER.unpack(data)
     try:
         return ModelConfig(
             dim=dim,
@@ -101,3 +113,12 @@ def _layout(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "", (2, c.max_seq_len, c.head_dim // 2)  # rotary cos and sin: computed instead
     if not c.tie_embeddings:
         yield "output.weight", (c.vocab_size, c.dim)
+
+
+def _each(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that an array of `_layout` is made of, in file order."""
+    if "{}" not in name:
+        yield name, shape
+        return
+    for layer in range(shape[0]):
+        yield name.format(layer), shape[1:]

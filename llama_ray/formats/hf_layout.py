@@ -7,8 +7,6 @@ maps are linear and norm-preserving, so a gradient is mapped just as its weight 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from llama_ray.config.model import ModelConfig
@@ -34,56 +32,38 @@ _IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 _ROTATED = ("attention.wq.weight", "attention.wk.weight")
 
 
-def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
-    """Our parameter (or its gradient) → Hugging Face's name and tensor.
-
-    Raises KeyError for a name that is no parameter of `LLaMA`.
-    """
-    if name.endswith(_ROTATED):
-        # Per head: rows (pair, half) → (half, pair).
-        heads = tensor.unflatten(0, (-1, config.head_dim // 2, 2))
-        tensor = heads.transpose(1, 2).flatten(0, 2)
+def hf_name(name: str) -> str:
+    """Our parameter's name → Hugging Face's. Raises KeyError for what is none of `LLaMA`'s."""
     if name in _TOP:
-        return _TOP[name], tensor
+        return _TOP[name]
     _, layer, inner = name.split(".", 2)
-    return f"model.layers.{layer}.{_IN_BLOCK[inner]}", tensor
+    return f"model.layers.{layer}.{_IN_BLOCK[inner]}"
 
 
-def from_hf(name: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
-    """Hugging Face's parameter (or its gradient) → our name and tensor.
-
-    Raises KeyError for a name that is no parameter of `LlamaForCausalLM`.
-    """
+def our_name(name: str) -> str:
+    """And back. Raises KeyError for what is no parameter of `LlamaForCausalLM`."""
     if name in _TOP_BACK:
-        return _TOP_BACK[name], tensor
+        return _TOP_BACK[name]
     prefix, _, rest = name.partition("model.layers.")
     layer, _, inner = rest.partition(".")
     if prefix or inner not in _IN_BLOCK_BACK:
         raise KeyError(name)
-    ours = f"layers.{layer}.{_IN_BLOCK_BACK[inner]}"
+    return f"layers.{layer}.{_IN_BLOCK_BACK[inner]}"
+
+
+def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """Our parameter (or its gradient) → Hugging Face's name and tensor."""
+    if name.endswith(_ROTATED):
+        # Per head: rows (pair, half) → (half, pair).
+        heads = tensor.unflatten(0, (-1, config.head_dim // 2, 2))
+        tensor = heads.transpose(1, 2).flatten(0, 2)
+    return hf_name(name), tensor
+
+
+def from_hf(name: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """Hugging Face's parameter (or its gradient) → our name and tensor."""
+    ours = our_name(name)
     if ours.endswith(_ROTATED):
         heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
         tensor = heads.transpose(1, 2).flatten(0, 2)
     return ours, tensor
-
-
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The fields of `LlamaConfig` (a `config.json`) that describe `config`."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
