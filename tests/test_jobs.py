@@ -100,6 +100,7 @@ def test_the_literal_pretrain_job(ray_head: Head, corpus: str, storage_root: Pat
     assert "optimizer.lr was 0.004, is 0.0001" in last_error(refused)
 
 
+@pytest.mark.slow
 def test_with_a_working_directory_it_resumes(
     ray_head: Head, corpus: str, storage_root: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_the_whole_road_on_s3(ray_head: Head, s3: S3Server, foxes: Path, tmp_pat
     assert re.search(r"error: storage\.url: .*access refused.*AWS_ACCESS_KEY_ID", last_error(job))
 
 
+@pytest.mark.slow
 def test_a_full_disk(ray_head: Head, foxes: Path, small_disk: Path) -> None:
     """Tokens fit, the first checkpoint does not: the run fails, and none counts."""
     storage = f"storage.url=file://{small_disk}"

@@ -9,10 +9,11 @@ import signal
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
@@ -58,6 +59,14 @@ FAULTS = {
     "cut": Fault(cut=10),
     "stuck": Fault(stall=30),
 }
+
+
+def marked(faults: Iterable[str]) -> list[Any]:
+    """Those that have to be waited for are slow tests."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(name, marks=slow) if name in ("stuck", "trickle") else name for name in faults
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +171,7 @@ def test_three_parts_are_five_requests(
     assert [r.method for r in proxy.requests] == ["GET"] * 5
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", marked(FAULTS))
 @pytest.mark.usefixtures("impatient")
 def test_an_upload_survives_a_fault_at_the_first_middle_and_last_request(
     remote: Storage, proxy: S3Proxy, fault: str
@@ -186,7 +195,7 @@ def test_a_written_upload_survives_a_lost_answer_at_any_request(
     assert pending(remote) == 0
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "cut late", "trickle"])
+@pytest.mark.parametrize("fault", marked([*FAULTS, "cut late", "trickle"]))
 @pytest.mark.usefixtures("impatient")
 def test_a_download_survives_a_fault_at_the_first_middle_and_last_request(
     remote: Storage, proxy: S3Proxy, fault: str

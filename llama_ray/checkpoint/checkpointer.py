@@ -104,15 +104,15 @@ class Checkpointer:
             self._copying = None
 
     def wait(self) -> None:
-        """Until everything is committed, and what is not kept removed."""
+        """Until everything is committed."""
         self._settle(0)
-        if self._pruning is not None:
-            self._pruning.result()
 
     def close(self) -> None:
         """Wait and end. What was saved and could not be committed is raised."""
         try:
             self.wait()
+            if self._pruning is not None:
+                self._pruning.result()
         finally:
             self._copier.shutdown(cancel_futures=True)
             self._uploader.shutdown(cancel_futures=True)

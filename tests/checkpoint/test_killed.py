@@ -86,7 +86,7 @@ def killed_at(proxy: S3Proxy, nursery: Nursery, number: int, when: str) -> list[
     return seen
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_killed_at_every_request(
     s3: S3Server, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:

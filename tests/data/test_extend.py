@@ -267,6 +267,7 @@ def test_a_damaged_base_is_named(more: TokenManifest, root: Path, corpus: Path) 
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_job_killed_midway_runs_again_to_the_same_end(
     ray_head: Head, more: TokenManifest, root: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def test_a_job_killed_midway_runs_again_to_the_same_end(
     assert names == set(contents(root / "tokens/more"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_with_space_it_goes_on(
     more: TokenManifest, root: Path, corpus: Path, small_disk: Path
 ) -> None:

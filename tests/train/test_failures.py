@@ -109,6 +109,7 @@ def test_one_name_is_for_one_job_at_a_time(start: Callable[..., Driver], storage
     assert first.process.poll() is None
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(
     start: Callable[..., Driver], storage: Storage, reference: str
 ) -> None:
@@ -159,7 +160,8 @@ def test_a_rank_that_hangs_is_named(
     assert_same(storage, "hung", reference)
 
 
-@pytest.mark.parametrize("how", [pytest.param("nothing listens", marks=pytest.mark.slow), "503"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["nothing listens", "503"])
 def test_storage_that_is_down_for_a_while_is_waited_for(
     start: Callable[..., Driver],
     storage: Storage,

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from llama_ray.checkpoint.manifest import CheckpointInfo
+from llama_ray.checkpoint.reader import Checkpoint
 from llama_ray.checkpoint.store import CheckpointStore
+from llama_ray.checkpoint.writer import write_weights
 from llama_ray.errors import UserError
 from llama_ray.storage import Storage
 from llama_ray.train.run import pretrain
@@ -55,6 +58,27 @@ def test_another_run_starts_from_a_checkpoint_and_leaves_batches_out(
         pretrain(run_config(storage, "second", train=STEPS, parallel=PAIR, checkpoint=start))
     (mixture,) = records(storage, "second", "mixture")
     assert mixture["sources"]["web"]["samples"] == 16 * 8
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_imported_model(storage: Storage) -> None:
+    """That of the first run, without its optimizer: its first loss is the one training had then."""
+    config = run_config(storage, "first", train=STEPS, parallel=PAIR)
+    checkpoint = Checkpoint(storage, "runs/first/checkpoints/step-00000008")
+    info = CheckpointInfo(
+        model=config.model, step=0, tokens_seen=0, tokenizer_sha256=checkpoint.info.tokenizer_sha256
+    )
+    weights = ((name, checkpoint.read_weight(name)) for name in checkpoint.weights)
+    write_weights(storage, "imported", info, checkpoint.read_tokenizer(), weights)
+    # Batch 8 is what step 9 was trained on.
+    pretrain(
+        run_config(
+            storage, "tuned", train=STEPS | {"steps": 4}, parallel=PAIR,
+            checkpoint={"resume": "runs/imported"}, data={"skip_steps": [[0, 7]]},
+        )
+    )  # fmt: skip
+    assert losses(storage, "tuned")[1] == losses(storage, "first")[9]
+    assert CheckpointStore(storage, "tuned").committed_steps() == [4]
 
 
 def test_starts_that_lead_nowhere(storage: Storage) -> None:

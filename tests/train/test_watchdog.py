@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -182,6 +183,7 @@ def another_operation(rank: int, mesh: DeviceMesh) -> None:
         dist.all_reduce(torch.ones(5, 2))
 
 
+@pytest.mark.slow
 def test_a_rank_in_another_operation_is_named_with_both() -> None:
     assert re.fullmatch(
         r"ranks differ in collective #3 of world \[0, 1, 2, 3\]: barrier on rank 3 \(.*\), now in "
@@ -195,6 +197,7 @@ def another_size(rank: int, mesh: DeviceMesh) -> None:
     dist.all_reduce(torch.ones(3 if rank == 3 else 5))
 
 
+@pytest.mark.slow
 def test_a_rank_with_tensors_of_another_size_is_named_with_both() -> None:
     assert re.match(
         r"ranks differ in collective #3 of world .*: all_reduce of 3 on rank 3 \(.*"
@@ -208,6 +211,7 @@ def another_order(rank: int, mesh: DeviceMesh) -> None:
         dist.all_reduce(torch.ones(7), group=mesh.get_group(axis))
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
     assert re.fullmatch(
         r"ranks wait for each other: "
@@ -227,6 +231,7 @@ def slow(rank: int, mesh: DeviceMesh) -> None:
     time.sleep(0.5 * TIMEOUT * (rank == 2))
 
 
+@pytest.mark.slow
 def test_a_slow_run_that_moves_is_left_in_peace() -> None:
     result = run(slow)
     assert not result.reports

@@ -273,6 +273,7 @@ def _kill_when(job: Path, head: Head, storage: Storage, wanted: str) -> None:
     driver.wait()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_a_second_run_completes(
     ray_cluster: Head, raw: Path, small_disk: Path
 ) -> None:
