@@ -327,6 +327,7 @@ def test_from_object_storage_by_url(
     assert_same(open_source("runs/y", Storage(config)), source)
 
 
+@pytest.mark.slow
 def test_as_a_user_submits_them(ray_head: Head, foreign: Path, storage_root: Path) -> None:
     imported = submit(ray_head, "--", "jobs/import.yaml", "name=given", f"path={foreign}")
     assert re.search(r"written to +file://.*/runs/given/checkpoints/step-00000000", imported)

@@ -75,6 +75,7 @@ def records_of(root: Path, event: str) -> list[dict[str, Any]]:
     return [record for record in records if record["event"] == event]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_is_resumed_without_what_is_damaged(
     ray_cluster: object, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
