@@ -20,7 +20,7 @@ class GradientGuard:
         self.config = config
         self.state = {
             name: torch.zeros((), dtype=torch.float32, device=device)
-            for name in ("mean_norm", "taken", "skipped", "skipped_in_a_row")
+            for name in ("mean_norm", "taken", "skipped_in_a_row")
         }
 
     def judge(self, norm: Tensor) -> Tensor:
@@ -34,6 +34,5 @@ class GradientGuard:
         mean += change
         skipped = skip.float()
         taken += 1 - skipped
-        self.state["skipped"] += skipped
         self.state["skipped_in_a_row"].add_(1).mul_(skipped)
         return skipped

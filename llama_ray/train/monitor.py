@@ -192,6 +192,8 @@ class Monitor:
             ],
         )
         print_drawn(self.stream, event["step"], sources)
+        if n_skipped := sum(len(record.get("skipped", ())) for record in self.records):
+            print(f"{n_skipped:,} steps were skipped: see `skipped` in metrics.jsonl\n")
         if n_replaced:
             print(
                 f"{n_replaced:,} of these were trained on in the place of others, whose shards are "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -11,7 +12,10 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.constants import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+)
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 from llama_ray.checkpoint.store import CheckpointStore
@@ -184,6 +188,10 @@ def make_trainer(config: PretrainConfig, storage: Storage, board: Any, use_gpu: 
     parallel, failures = config.parallel, config.failures
     if not use_gpu and (n_gpus := ray.cluster_resources().get("GPU", 0)):
         print(f"training on CPUs: {parallel.world_size} ranks, but {n_gpus:g} GPUs in the cluster")
+    # Ray Train looks at its workers every 2 s unless told otherwise. Only then does it learn of a
+    # failure, of the end, and of one checkpoint, for the next of which workers wait.
+    interval = min(2.0, 0.25 + parallel.world_size / 256)
+    os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, f"{interval:.2f}")
     fewest, most = (n * parallel.tensor for n in (config.usable_data()[0], parallel.data))
     scaling = ScalingConfig(
         num_workers=most if fewest == most else (fewest, most),

